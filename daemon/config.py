@@ -1,0 +1,197 @@
+"""Settings: `config.toml` < `SWARMCTL_<SECTION>_<KEY>` < flag. Read once, frozen, the same names in all three.
+
+A key that is not here is an error wherever it comes from: a misspelt limit must not silently mean "no limit".
+The comment beside each setting is its documentation; `docs/settings.md` is checked against this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from daemon.errors import UsageError
+
+Network = Literal["public", "lan", "loopback"]
+
+# Names of the environment that belong to the command line and are no settings.
+_RESERVED = {"SWARMCTL_HOME", "SWARMCTL_API", "SWARMCTL_TOKEN"}
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    host: str = "127.0.0.1"  # address the local HTTP API listens on; only loopback addresses are taken
+    port: int = 8787  # 0 picks a free one; daemon.json tells which
+
+
+@dataclass(frozen=True, slots=True)
+class Ipfs:
+    enabled: bool = True
+    rpc: str = ""  # multiaddr or URL of a Kubo RPC to use instead of our own child
+    binary: str = ""  # Kubo binary; empty: PATH, then what set-up installed
+    port: int = 4001  # libp2p port of our own Kubo
+    max_connections: int = 96  # Kubo's connection manager trims above this
+
+
+@dataclass(frozen=True, slots=True)
+class Torrent:
+    enabled: bool = True
+    port: int = 6881  # BitTorrent port
+
+
+@dataclass(frozen=True, slots=True)
+class Swarm:
+    host: str = "127.0.0.1"  # address of the door for other nodes; announced as a direct URL when others can reach it
+    port: int = 0
+    join: tuple[str, ...] = ()  # addresses of nodes to know from the start, separated by spaces
+    heartbeat: int = 60  # seconds between announcements when nothing changes
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    download_rate: int = 0  # bytes per second over all pulls; 0: no limit
+    upload_rate: int = 0  # bytes per second of BitTorrent upload; 0: no limit
+    stall: float = 5.0  # seconds without a byte after which a source counts as stalled
+    give_up: float = 120.0  # seconds without a byte from any source after which a pull fails (it can be resumed)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    threads: int = 0  # threads of llama.cpp per model; 0: all cores
+    context: int = 4096  # tokens of KV cache per served model, shared by its chats; at most what the model was trained for
+    slots: int = 4  # chats answered at the same time per model
+    memory: int = 0  # bytes that loaded models may use together; 0: what the machine has free
+    gpu_layers: int = -1  # layers to put on a GPU; -1: all, where llama.cpp was built for one
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    home: Path
+    network: Network = "public"  # "public", "lan" or "loopback"
+    api: Api = field(default_factory=Api)
+    ipfs: Ipfs = field(default_factory=Ipfs)
+    torrent: Torrent = field(default_factory=Torrent)
+    swarm: Swarm = field(default_factory=Swarm)
+    transfer: Transfer = field(default_factory=Transfer)
+    engine: Engine = field(default_factory=Engine)
+
+
+# On one machine with several nodes nobody can own a port.
+_LOOPBACK_PORTS = {"api.port": 0, "ipfs.port": 0, "torrent.port": 0}
+_SECTIONS: dict[str, type] = {
+    "api": Api, "ipfs": Ipfs, "torrent": Torrent, "swarm": Swarm, "transfer": Transfer, "engine": Engine,
+}
+
+
+def settings() -> dict[str, tuple[type, Any]]:
+    """Every setting by its dotted name, with its type and default."""
+    found: dict[str, tuple[type, Any]] = {"network": (str, "public")}
+    for section, cls in _SECTIONS.items():
+        hints = get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            found[f"{section}.{f.name}"] = (hints[f.name], f.default)
+    return found
+
+
+def load(home: Path, environ: Mapping[str, str] | None = None, flags: Mapping[str, str] | None = None) -> Config:
+    """The settings in force for `home`. `flags` maps dotted names to text. Raises `UsageError` that names the culprit."""
+    environ = os.environ if environ is None else environ
+    given = {**_from_file(home / "config.toml"), **_from_environment(environ), **_from_flags(flags or {})}
+    known = settings()
+    values = {name: _convert(name, known[name][0], raw, where) for name, (raw, where) in given.items()}
+    network = values.get("network", "public")
+    if network not in ("public", "lan", "loopback"):
+        raise UsageError("network", f"{network!r} is not a network", "use public, lan or loopback")
+    if network == "loopback":
+        values = {**_LOOPBACK_PORTS, **values}
+    sections = {
+        section: cls(**{n.partition(".")[2]: v for n, v in values.items() if n.startswith(section + ".")})
+        for section, cls in _SECTIONS.items()
+    }
+    config = Config(home=home, network=network, **sections)
+    _check(config)
+    return config
+
+
+def _from_file(path: Path) -> dict[str, tuple[Any, str]]:
+    try:
+        parsed = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError("config.toml", f"cannot be read: {error}", "mend or remove the file") from error
+    found: dict[str, tuple[Any, str]] = {}
+    for key, value in parsed.items():
+        entries = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        for name, entry in entries.items():
+            if name not in settings():
+                raise UsageError("config.toml", f"unknown setting {name!r}", "docs/settings.md lists them")
+            found[name] = (entry, "config.toml")
+    return found
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    by_variable = {"SWARMCTL_" + name.upper().replace(".", "_"): name for name in settings()}
+    found: dict[str, tuple[Any, str]] = {}
+    for variable, value in environ.items():
+        if variable.startswith("SWARMCTL_") and variable not in _RESERVED:
+            if variable not in by_variable:
+                raise UsageError(variable, "no such setting", "docs/settings.md lists them")
+            found[by_variable[variable]] = (value, variable)
+    return found
+
+
+def _from_flags(flags: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    return {name: (value, "--" + name.replace(".", "-").replace("_", "-")) for name, value in flags.items()}
+
+
+def _convert(name: str, kind: Any, raw: Any, where: str) -> Any:
+    def wrong(expected: str) -> UsageError:
+        return UsageError(where, f"{name} must be {expected}, not {raw!r}", "docs/settings.md lists the settings")
+
+    if kind is bool:
+        if isinstance(raw, bool):
+            return raw
+        if isinstance(raw, str) and raw.lower() in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+            return raw.lower() in ("true", "1", "yes", "on")
+        raise wrong("true or false")
+    if kind in (int, float):
+        if isinstance(raw, bool) or not isinstance(raw, int | float | str):
+            raise wrong("a number")
+        try:
+            number = kind(raw)
+        except ValueError:
+            raise wrong("a number") from None
+        if number != number or (kind is int and isinstance(raw, float) and raw != number):
+            raise wrong("a whole number" if kind is int else "a number")
+        return number
+    if kind is str:
+        if not isinstance(raw, str):
+            raise wrong("text")
+        return raw
+    # The only other kind is a list of texts.
+    if isinstance(raw, str):
+        return tuple(raw.split())
+    if isinstance(raw, Sequence) and all(isinstance(item, str) for item in raw):
+        return tuple(raw)
+    raise wrong("a list of texts")
+
+
+def _check(config: Config) -> None:
+    for name in ("api.port", "ipfs.port", "torrent.port", "swarm.port"):
+        section, _, key = name.partition(".")
+        port = getattr(getattr(config, section), key)
+        if not 0 <= port <= 65535:
+            raise UsageError(name, f"{port} is not a port", "use 0 to 65535")
+    if config.api.host not in ("127.0.0.1", "::1", "localhost"):
+        raise UsageError("api.host", f"{config.api.host} is not a loopback address", "put a reverse proxy in front to reach it from elsewhere")
+    if not config.ipfs.enabled and not config.torrent.enabled:
+        raise UsageError("ipfs.enabled and torrent.enabled", "both are off", "a node needs one of them")
+    if config.engine.slots < 1 or config.engine.context < 64:
+        raise UsageError("engine", "needs at least one slot and 64 tokens of context", "raise engine.slots or engine.context")
+    if config.network == "loopback" and config.swarm.host != "127.0.0.1":
+        raise UsageError("swarm.host", "a loopback node listens on 127.0.0.1 only", "remove swarm.host or set network")
