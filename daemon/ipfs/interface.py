@@ -40,6 +40,10 @@ class IpfsNode(Protocol):
         """Pin `path` without copying it and return its CID (unixfs-v1-2025). `on_bytes` gets the running total of bytes read."""
         ...
 
+    async def pins(self) -> set[str]:
+        """CIDs of everything pinned recursively."""
+        ...
+
     async def remove_in_place(self, cid: str) -> None:
         """Unpin a model and forget its references; the file itself is never touched. Unknown CIDs are no error."""
         ...

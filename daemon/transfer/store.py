@@ -1,0 +1,227 @@
+"""The model store on disk: `models/<blake3>.gguf` with its record `models/<blake3>.json`, and `torrents/<blake3>.torrent`.
+
+The record is written last and atomically: a model is in the store when its record is. Everything that the ledger says about
+models can be told again from here. All functions block; call them in a thread.
+
+How a file enters: reflink where the filesystem can, else a hard link, else a copy. The original is never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from daemon.errors import NoSpace, Unavailable
+from registry.records import GgufFacts, Identity, Model
+
+_FICLONE = 0x40049409  # linux/fs.h; the same on x86-64 and aarch64
+_COPY_CHUNK = 8 << 20
+_RECORD_LIMIT = 256 << 10  # bytes; a record with its manifest is about 3 KiB
+_SPARE = 64 << 20  # bytes of disk that no download may take
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What stands beside a model's file: the model, and its signed manifest (DSSE JSON) where there is one."""
+
+    model: Model
+    envelope: str | None = None
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn the operating system's errors about the store into ours, without the path in them."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(what, "the disk is full", "free some space and try again; what is there already is kept") from error
+        raise Unavailable(what, f"the store cannot be used: {error.strerror or error}", "check the data folder's permissions") from error
+
+
+class Store:
+    def __init__(self, home: Path) -> None:
+        self.models = home / "models"
+        self.torrents = home / "torrents"
+        self.partials = self.models / ".partial"
+
+    def open(self) -> None:
+        with disk_errors("data folder"):
+            for folder in (self.models, self.torrents, self.partials):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def path(self, blake3: str) -> Path:
+        return self.models / f"{blake3}.gguf"
+
+    def partial(self, key: str) -> Path:
+        """A private folder for one unfinished download. `key` is a digest or a CID, never a name."""
+        if not key.isalnum():
+            raise ValueError(f"not a digest: {key!r}")
+        folder = self.partials / key
+        with disk_errors("download"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
+
+    def discard(self, key: str) -> None:
+        shutil.rmtree(self.partials / key, ignore_errors=True)
+
+    def require_space(self, size: int, what: str) -> None:
+        with disk_errors(what):
+            free = shutil.disk_usage(self.models).free
+        if free < size + _SPARE:
+            raise NoSpace(what, f"needs {size} bytes and {max(free - _SPARE, 0)} are free", "free some space and try again")
+
+    # -- how a file enters ------------------------------------------------------------------------------------------
+
+    def adopt(self, original: Path, blake3: str, on_bytes: Callable[[int], None] | None = None) -> Path:
+        """Give `original` its place in the store without changing it. Raises `NoSpace` or `Unavailable`."""
+        target = self.path(blake3)
+        with disk_errors(original.name):
+            if target.exists():
+                return target
+            self._clone(original, target) or self._link(original, target) or self._copy(original, target, on_bytes)
+            _sync_folder(self.models)
+        return target
+
+    def accept(self, partial: Path, blake3: str) -> Path:
+        """Move a verified download to its place."""
+        target = self.path(blake3)
+        with disk_errors("download"):
+            _sync_file(partial)
+            partial.chmod(0o444)
+            partial.replace(target)
+            _sync_folder(self.models)
+        return target
+
+    def _clone(self, original: Path, target: Path) -> bool:
+        if sys.platform != "linux":
+            return False
+        import fcntl
+
+        handle, name = tempfile.mkstemp(dir=self.partials)
+        temporary = Path(name)
+        try:
+            with original.open("rb") as source:
+                fcntl.ioctl(handle, _FICLONE, source.fileno())
+            os.fchmod(handle, 0o444)
+            temporary.replace(target)
+            return True
+        except OSError:  # the filesystem cannot, or it is another one: a hard link is tried next
+            temporary.unlink(missing_ok=True)
+            return False
+        finally:
+            os.close(handle)
+
+    def _link(self, original: Path, target: Path) -> bool:
+        try:
+            os.link(original, target)
+        except OSError:  # another filesystem, or the kernel protects the file: a copy is made next
+            return False
+        return True
+
+    def _copy(self, original: Path, target: Path, on_bytes: Callable[[int], None] | None) -> bool:
+        self.require_space(original.stat().st_size, original.name)
+        handle, name = tempfile.mkstemp(dir=self.partials)
+        temporary = Path(name)
+        try:
+            with original.open("rb") as source, os.fdopen(handle, "wb") as copy:
+                done = 0
+                while chunk := source.read(_COPY_CHUNK):
+                    copy.write(chunk)
+                    done += len(chunk)
+                    if on_bytes is not None:
+                        on_bytes(done)
+            _sync_file(temporary)
+            temporary.chmod(0o444)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return True
+
+    # -- records ----------------------------------------------------------------------------------------------------
+
+    def write_torrent(self, blake3: str, torrent: bytes) -> None:
+        _write_atomically(self.torrents / f"{blake3}.torrent", torrent)
+
+    def read_torrent(self, blake3: str) -> bytes | None:
+        try:
+            return (self.torrents / f"{blake3}.torrent").read_bytes()
+        except OSError:
+            return None
+
+    def write_record(self, record: Record) -> None:
+        """The moment at which the model is in the store."""
+        document = {"model": asdict(record.model), "envelope": record.envelope}
+        _write_atomically(self.models / f"{record.model.identity.blake3}.json", json.dumps(document, indent=1).encode())
+
+    def read_record(self, blake3: str) -> Record | None:
+        """None when there is no record or it cannot be read; the file must then be identified anew."""
+        try:
+            with (self.models / f"{blake3}.json").open("rb") as file:
+                document = json.loads(file.read(_RECORD_LIMIT))
+            fields = dict(document["model"])
+            fields["identity"] = Identity(**fields["identity"])
+            fields["facts"] = GgufFacts(**fields["facts"])
+            fields["file_stamp"] = tuple(fields["file_stamp"])
+            model = Model(**fields)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        if model.identity.blake3 != blake3:
+            return None
+        return Record(model, document.get("envelope"))
+
+    def blobs(self) -> list[str]:
+        """The blake3 of every model file in the store, as their names say."""
+        return sorted(path.stem for path in self.models.glob("*.gguf") if len(path.stem) == 64)
+
+    def stamp(self, blake3: str) -> tuple[int, int, int] | None:
+        """Inode, size and mtime (ns) of a model's file: a change of any of them means that the bytes cannot be trusted."""
+        try:
+            status = self.path(blake3).stat()
+        except OSError:
+            return None
+        return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def remove(self, blake3: str) -> None:
+        """Record first: a crash in between leaves a file that is identified anew, never a record without a file."""
+        with disk_errors("model"):
+            for path in (self.models / f"{blake3}.json", self.path(blake3), self.torrents / f"{blake3}.torrent"):
+                path.unlink(missing_ok=True)
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    with disk_errors(path.suffix.lstrip(".")):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".new")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
