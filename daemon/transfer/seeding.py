@@ -1,0 +1,91 @@
+"""Keeps every model of the store pinned on IPFS and seeded on BitTorrent, from the one file on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from daemon.errors import BackendError, SwarmError, VerificationError
+from daemon.ipfs.interface import IpfsNode
+from daemon.torrent.session import TorrentSession
+from daemon.transfer.store import Record, Store
+from registry.records import Model
+
+log = logging.getLogger(__name__)
+
+_ONE_BLOCK = 1 << 20  # bytes; larger objects are added in place like models
+
+
+class Seeding:
+    def __init__(self, store: Store, torrents: TorrentSession | None, ipfs: Callable[[], IpfsNode | None], ipfs_enabled: bool) -> None:
+        self._store = store
+        self._torrents = torrents
+        self._ipfs = ipfs
+        self._ipfs_enabled = ipfs_enabled
+
+    async def hold(self, record: Record, blocks: Sequence[str], on_bytes: Callable[[int], None] | None) -> list[str]:
+        """Seed and pin one model. `blocks` are cached blocks of it that may be dropped, so that the disk holds it once.
+
+        Returns notes for people: a network that is away now is no reason to refuse a model, it follows when it is back.
+        """
+        notes: list[str] = []
+        if record.model.quarantined is not None:
+            return notes
+        await self._seed(record)
+        if self._ipfs_enabled:
+            node = self._ipfs()
+            try:
+                if node is None:
+                    raise BackendError("IPFS", "not running")
+                await self._pin(node, record, blocks, on_bytes)
+            except BackendError as error:
+                log.warning("not pinned yet: %s", error)
+                notes.append(f"not on IPFS yet ({error.why}); it will be pinned when IPFS is back")
+        return notes
+
+    async def release(self, model: Model) -> None:
+        if self._torrents is not None:
+            await self._torrents.forget(model.identity.infohash_v2)
+        node = self._ipfs()
+        if node is not None:
+            for pinned in (model.identity.cid, model.manifest, model.torrent):
+                if pinned is not None:
+                    await node.remove_in_place(pinned)
+
+    async def seed_all(self, records: Sequence[Record]) -> None:
+        for record in records:
+            if record.model.quarantined is None:
+                await self._seed(record)
+
+    async def pin_all(self, node: IpfsNode, records: Sequence[Record]) -> None:
+        """Called each time that IPFS comes up: pins what came in while it was away, and what a lost repository forgot."""
+        pins = await node.pins()
+        for record in records:
+            model = record.model
+            wanted = {c for c in (model.identity.cid, model.manifest, model.torrent) if c is not None}
+            if model.quarantined is None and not wanted <= pins:
+                try:
+                    await self._pin(node, record, [], None)
+                except SwarmError as error:
+                    log.warning("cannot pin %s: %s", model.identity.cid, error)
+
+    async def _seed(self, record: Record) -> None:
+        torrent = await asyncio.to_thread(self._store.read_torrent, record.model.identity.blake3)
+        if self._torrents is not None and torrent is not None:
+            await self._torrents.seed(torrent, self._store.path(record.model.identity.blake3))
+
+    async def _pin(self, node: IpfsNode, record: Record, blocks: Sequence[str], on_bytes: Callable[[int], None] | None) -> None:
+        model = record.model
+        if blocks:
+            await node.drop_blocks(blocks)
+        added = await node.add_in_place(self._store.path(model.identity.blake3), on_bytes)
+        if added != model.identity.cid:
+            raise VerificationError(model.name, "IPFS gives its file another CID", "swarmctl fsck tells whether the file changed")
+        torrent = await asyncio.to_thread(self._store.read_torrent, model.identity.blake3)
+        if torrent is not None and len(torrent) <= _ONE_BLOCK:
+            await node.add_bytes(torrent)
+        elif torrent is not None:
+            await node.add_in_place(self._store.torrents / f"{model.identity.blake3}.torrent")
+        if record.envelope is not None:
+            await node.add_bytes(record.envelope.encode())
