@@ -1,0 +1,1 @@
+"""What runs: all input and output of a node."""

@@ -1,0 +1,1 @@
+"""Local inference: one child process per served model."""

@@ -1,0 +1,1 @@
+"""The IPFS node: the only room that knows it is Kubo."""
