@@ -12,6 +12,7 @@ from daemon.errors import NotFound, Refused, UsageError
 from daemon.ledger import LedgerThread
 from registry import trust as rules
 from registry.records import Trust
+from registry.store import Ledger
 
 _KEY_PREFIX = "ed25519:"
 
@@ -31,8 +32,8 @@ class TrustBook:
         self._pins: dict[str, str] = {}
 
     async def open(self) -> None:
-        self._keys = {row.key: KeyEntry(row.key, row.state, row.name) for row in await self._ledger.call("keys")}
-        self._pins = dict(await self._ledger.call("pins"))
+        self._keys = {row.key: KeyEntry(row.key, row.state, row.name) for row in await self._ledger.call(Ledger.keys)}
+        self._pins = dict(await self._ledger.call(Ledger.pins))
 
     def decide(self, signed_by: str | None, name: str) -> Trust:
         states = {entry.key: entry.state for entry in self._keys.values()}
@@ -54,7 +55,7 @@ class TrustBook:
     async def remember(self, signed_by: str, name: str) -> None:
         """The first key seen for a name stays its key."""
         if name not in self._pins:
-            await self._ledger.call("pin", name, signed_by)
+            await self._ledger.call(Ledger.pin, name, signed_by)
             self._pins[name] = signed_by
 
     def entries(self) -> list[KeyEntry]:
@@ -68,10 +69,10 @@ class TrustBook:
             entry = KeyEntry(key, "blocked", name)
         else:
             raise UsageError("trust", f"{state!r} is not a state", "use trusted or blocked")
-        await self._ledger.call("set_key", key, state, name)
+        await self._ledger.call(Ledger.set_key, key, state, name)
         self._keys[key] = entry
         if name and state == "trusted":
-            await self._ledger.call("pin", name, key)
+            await self._ledger.call(Ledger.pin, name, key)
             self._pins[name] = key
         return entry
 
@@ -79,7 +80,7 @@ class TrustBook:
         entry = self._keys.pop(_checked(key), None)
         if entry is None:
             raise NotFound("key", "it is neither trusted nor blocked here", "swarmctl trust list shows the keys")
-        await self._ledger.call("remove_key", entry.key)
+        await self._ledger.call(Ledger.remove_key, entry.key)
         return entry
 
 

@@ -16,12 +16,14 @@ from daemon.engine import gguf
 from daemon.errors import Ambiguous, NotFound, Refused, SwarmError, UsageError, VerificationError
 from daemon.ledger import LedgerThread
 from daemon.transfer.identify import Identified, identify
+from daemon.transfer.objects import object_cid
 from daemon.transfer.seeding import Seeding
 from daemon.transfer.store import Record, Store
 from daemon.trust import TrustBook
-from registry import cid, codes, refs
+from registry import codes, refs
 from registry.errors import Malformed
 from registry.records import Model, Trust
+from registry.store import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class Library:
         """Read the store. Returns the blake3 of files that have no readable record: give them to `identify_again`."""
         records, strays = await asyncio.to_thread(self._scan)
         self._records = {record.model.identity.blake3: record for record in records}
-        await self._ledger.call("replace_models", self.models())
+        await self._ledger.call(Ledger.replace_models, self.models())
         return strays
 
     def _scan(self) -> tuple[list[Record], list[str]]:
@@ -81,7 +83,7 @@ class Library:
             facts=facts,
             added=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
             origin="published" if origin == "published" else "pulled",
-            torrent=cid.cid_of(identified.torrent),
+            torrent=object_cid(identified.torrent),
         )
 
     # -- looking ----------------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ class Library:
         await asyncio.to_thread(self._store.write_torrent, blake3, identified.torrent)
         await asyncio.to_thread(self._store.write_record, record)
         self._records[blake3] = record
-        await self._ledger.call("save_model", record.model)
+        await self._ledger.call(Ledger.save_model, record.model)
         if record.model.signed_by is not None:
             await self._trust.remember(record.model.signed_by, record.model.name)
         notes = await self._seeding.hold(record, [*identified.leaves, *identified.nodes], on_bytes)
@@ -159,7 +161,7 @@ class Library:
         await self._seeding.release(model)
         await asyncio.to_thread(self._store.remove, blake3)
         self._records.pop(blake3, None)
-        await self._ledger.call("remove_model", blake3)
+        await self._ledger.call(Ledger.remove_model, blake3)
         self._on_change()
 
     async def check(self, model: Model, on_bytes: Callable[[int], None] | None = None) -> Model:
@@ -185,7 +187,7 @@ class Library:
         record = replace(self._records[model.identity.blake3], model=model)
         await asyncio.to_thread(self._store.write_record, record)
         self._records[model.identity.blake3] = record
-        await self._ledger.call("save_model", model)
+        await self._ledger.call(Ledger.save_model, model)
         if model.quarantined is None:
             await self._seeding.hold(record, [], None)
         self._on_change()

@@ -1,0 +1,221 @@
+"""Where the pieces of a download come from, and where they go.
+
+A `PieceSink` is the one writer of the file and checks every piece before it counts. With a .torrent that is libtorrent
+(daemon/torrent/session.py: `Download`); for a model known by CID alone it is `LeafSink`, which checks each 1 MiB leaf
+against its CID. `IpfsSource` feeds either from the IPFS node by parallel ranges.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from daemon.errors import SwarmError, VerificationError
+from daemon.ipfs.interface import IpfsNode
+from daemon.transfer.store import disk_errors
+from registry.cid import LEAF_SIZE, leaf_cid
+
+_RANGE = 16 << 20  # bytes asked for at once; one Bitswap session each
+_WORKERS = 4  # measured best on two cores: see docs/transfers.md
+_DROP_BATCH = 64  # leaves that may wait before IPFS forgets its cached copy of them
+
+
+class PieceSink(Protocol):
+    @property
+    def piece_length(self) -> int: ...
+
+    def piece_size(self, index: int) -> int: ...
+
+    def missing(self) -> list[int]: ...
+
+    async def put(self, index: int, data: bytes) -> bool:
+        """Store one piece if it is right. False: the bytes are wrong. Raises `NoSpace` or `Unavailable`."""
+        ...
+
+    def exclude(self, pieces: Sequence[int]) -> None:
+        """These come from elsewhere just now."""
+        ...
+
+    def include(self, pieces: Sequence[int]) -> None:
+        """These may come from anywhere again."""
+        ...
+
+
+class LeafSink:
+    """A file of leaves that are known by their CIDs. What is right on disk already is kept, whoever wrote it.
+
+    A foreign layout (other chunk sizes than our profile's) has no leaf that could be checked here: pass no leaves, and the
+    IPFS node's own check of every block has to do.
+    """
+
+    def __init__(self, path: Path, size: int, leaves: Sequence[str]) -> None:
+        self._leaves = leaves
+        self._size = size
+        self._missing: set[int] = set(range(-(-size // LEAF_SIZE)))
+        with disk_errors("download"):
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.ftruncate(self._handle, size)
+
+    @property
+    def piece_length(self) -> int:
+        return LEAF_SIZE
+
+    def piece_size(self, index: int) -> int:
+        return min(LEAF_SIZE, self._size - index * LEAF_SIZE)
+
+    async def check(self) -> None:
+        """Find the leaves that an earlier try has left behind."""
+        if self._leaves:
+            self._missing = await asyncio.to_thread(self._find_missing)
+
+    def _find_missing(self) -> set[int]:
+        with disk_errors("download"):
+            return {i for i, cid in enumerate(self._leaves) if leaf_cid(os.pread(self._handle, self.piece_size(i), i * LEAF_SIZE)) != cid}
+
+    def missing(self) -> list[int]:
+        return sorted(self._missing)
+
+    async def put(self, index: int, data: bytes) -> bool:
+        if not await asyncio.to_thread(self._write, index, data):
+            return False
+        self._missing.discard(index)
+        return True
+
+    def _write(self, index: int, data: bytes) -> bool:
+        if self._leaves and leaf_cid(data) != self._leaves[index]:
+            return False
+        with disk_errors("download"):
+            os.pwrite(self._handle, data, index * LEAF_SIZE)
+        return True
+
+    def exclude(self, pieces: Sequence[int]) -> None:
+        """Nobody else writes here."""
+
+    def include(self, pieces: Sequence[int]) -> None:
+        """Nobody else writes here."""
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+class RateLimit:
+    """Bytes per second over everything that shares it; 0 means no limit."""
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate
+        self._free_at = 0.0
+
+    async def take(self, amount: int) -> None:
+        if self.rate <= 0:
+            return
+        now = time.monotonic()
+        self._free_at = max(self._free_at, now) + amount / self.rate
+        # A tenth of a second of burst keeps the sleeps few.
+        if (wait := self._free_at - now - 0.1) > 0:
+            await asyncio.sleep(wait)
+
+
+class IpfsSource:
+    """Draws the missing pieces of a file through an IPFS node; the node's cached copies are dropped as the file grows."""
+
+    def __init__(
+        self, node: IpfsNode, cid: str, sink: PieceSink, limit: RateLimit, on_bytes: Callable[[int], None], *, stall_s: float
+    ) -> None:
+        self._node = node
+        self._cid = cid
+        self._sink = sink
+        self._limit = limit
+        self._on_bytes = on_bytes
+        self._stall_s = stall_s
+        self._in_flight: set[int] = set()
+        self._to_drop: list[str] = []
+
+    async def run(self) -> None:
+        """Until no piece is missing that another source is not bringing. Raises `Unserved`, `Unavailable`, `VerificationError`, `NoSpace`."""
+        workers = [asyncio.create_task(self._work()) for _ in range(_WORKERS)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        await self._drop(all_of_them=True)
+
+    async def _work(self) -> None:
+        while pieces := self._next_run():
+            self._in_flight.update(pieces)
+            self._sink.exclude(pieces)
+            try:
+                await self._fetch(pieces)
+            finally:
+                self._in_flight.difference_update(pieces)
+                self._sink.include(pieces)
+
+    def _next_run(self) -> list[int]:
+        """The next missing pieces that lie together, at most one range of them."""
+        most = max(1, _RANGE // self._sink.piece_length)
+        free = (piece for piece in self._sink.missing() if piece not in self._in_flight)
+        return next(_runs(free, most), [])
+
+    async def _fetch(self, pieces: Sequence[int]) -> None:
+        length = sum(self._sink.piece_size(piece) for piece in pieces)
+        waiting = iter(pieces)
+        piece, buffer = next(waiting), bytearray()
+        async for chunk in self._node.read_range(self._cid, pieces[0] * self._sink.piece_length, length, stall_s=self._stall_s):
+            await self._limit.take(len(chunk))
+            view = memoryview(chunk)
+            while view:
+                room = self._sink.piece_size(piece) - len(buffer)
+                buffer += view[:room]
+                view = view[room:]
+                if len(buffer) == self._sink.piece_size(piece):
+                    await self._store(piece, bytes(buffer))
+                    buffer.clear()
+                    piece = next(waiting, piece)
+
+    async def _store(self, piece: int, data: bytes) -> None:
+        if piece == 0 and not data.startswith(b"GGUF"):
+            raise VerificationError(self._cid, "the bytes are not a GGUF model", "check the code or CID with whoever gave it")
+        if not await self._sink.put(piece, data):
+            raise VerificationError(self._cid, f"piece {piece} is not what was promised", "check the code or CID with whoever gave it")
+        self._on_bytes(len(data))
+        self._to_drop += await asyncio.to_thread(_leaf_cids, data)
+        await self._drop(all_of_them=False)
+
+    async def _drop(self, *, all_of_them: bool) -> None:
+        if self._to_drop and (all_of_them or len(self._to_drop) >= _DROP_BATCH):
+            batch, self._to_drop = self._to_drop, []
+            await self._node.drop_blocks(batch)
+
+
+def _leaf_cids(data: bytes) -> list[str]:
+    view = memoryview(data)
+    return [leaf_cid(view[at : at + LEAF_SIZE]) for at in range(0, len(view), LEAF_SIZE)]
+
+
+def _runs(pieces: Iterator[int], most: int) -> Iterator[list[int]]:
+    run: list[int] = []
+    for piece in pieces:
+        if run and (piece != run[-1] + 1 or len(run) == most):
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run
+
+
+def unwrap(group: BaseExceptionGroup) -> BaseException:
+    """The one error of a task group that people should hear of: ours before anybody else's."""
+    flat: list[BaseException] = []
+    todo: list[BaseException] = [group]
+    while todo:
+        error = todo.pop()
+        if isinstance(error, BaseExceptionGroup):
+            todo += error.exceptions
+        else:
+            flat.append(error)
+    return next((error for error in flat if isinstance(error, SwarmError)), flat[0])
