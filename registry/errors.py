@@ -1,0 +1,43 @@
+"""What can be wrong with bytes or text that came from outside; the daemon maps these to its own errors.
+
+    ValueError
+    ├── Malformed          it does not parse, or breaks a ceiling
+    ├── Stale              it parses and verifies, but its time is over (or not yet there)
+    ├── AmbiguousCode      a code that several models share
+    └── NotVerified        a signature or digest is wrong
+        └── CouldNotCheck  nothing is known to be wrong, but it could not be checked (never treated as right)
+
+The texts say what is wrong in a few words and repeat no more than a short, escaped piece of the input.
+"""
+
+from __future__ import annotations
+
+
+class Malformed(ValueError):
+    """The input does not parse or breaks a ceiling."""
+
+
+class Stale(ValueError):
+    """Replayed, older than what is known, expired, or dated by a clock that is off."""
+
+
+class NotVerified(ValueError):
+    """A signature, key or digest is wrong."""
+
+
+class CouldNotCheck(NotVerified):
+    """The check itself was impossible: an unknown algorithm, missing evidence."""
+
+
+class AmbiguousCode(ValueError):
+    """Several models have this code; `candidates` are their full codes."""
+
+    def __init__(self, code: str, candidates: tuple[str, ...]) -> None:
+        super().__init__(f"#{code} is the code of {len(candidates)} models")
+        self.code = code
+        self.candidates = candidates
+
+
+def shown(text: str, limit: int = 40) -> str:
+    """A short, escaped form of untrusted text for a message: no control characters, no terminal sequences."""
+    return ascii(text if len(text) <= limit else text[:limit] + "...")

@@ -1,0 +1,49 @@
+"""JSON as peers may send it: bounded, no duplicate keys, no NaN, no lone surrogates, no endless nesting; and our one way to write it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from registry.errors import Malformed
+
+MAX_DEPTH = 16
+
+
+def dumps(value: Any) -> bytes:
+    """Compact UTF-8 with sorted keys, so that equal values are equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def loads(data: bytes, *, limit: int, what: str) -> Any:
+    """The value in `data`. Raises `Malformed`, naming `what`, for anything that two parsers could read differently."""
+    if len(data) > limit:
+        raise Malformed(f"{what} has {len(data)} bytes, more than {limit}")
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        # A lone surrogate written as \ud800 passes the parser and cannot be encoded again.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError):
+        raise Malformed(f"{what} is not strict JSON") from None
+    _check_depth(value, what)
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("duplicate key")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _check_depth(value: Any, what: str) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for item in level if isinstance(item, dict | list) for child in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return
+    raise Malformed(f"{what} is nested too deeply")
