@@ -97,8 +97,9 @@ class Library:
     def records(self) -> list[Record]:
         return list(self._records.values())
 
-    def has(self, blake3: str) -> bool:
-        return blake3 in self._records
+    def sound(self, blake3: str) -> bool:
+        """Whether these bytes are here and nothing is known against them."""
+        return blake3 in self._records and self._records[blake3].model.quarantined is None
 
     def path(self, model: Model) -> Path:
         return self._store.path(model.identity.blake3)

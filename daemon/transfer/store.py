@@ -84,10 +84,10 @@ class Store:
     def adopt(self, original: Path, blake3: str, on_bytes: Callable[[int], None] | None = None) -> Path:
         """Give `original` its place in the store without changing it. Raises `NoSpace` or `Unavailable`."""
         target = self.path(blake3)
-        with disk_errors(original.name):
-            if target.exists():
-                return target
-            self._clone(original, target) or self._link(original, target) or self._copy(original, target, on_bytes)
+        with disk_errors(original.name), tempfile.TemporaryDirectory(dir=self.partials) as folder:
+            temporary = Path(folder) / target.name
+            _clone(original, temporary) or _link(original, temporary) or self._copy(original, temporary, on_bytes)
+            temporary.replace(target)
             _sync_folder(self.models)
         return target
 
@@ -101,50 +101,17 @@ class Store:
             _sync_folder(self.models)
         return target
 
-    def _clone(self, original: Path, target: Path) -> bool:
-        if sys.platform != "linux":
-            return False
-        import fcntl
-
-        handle, name = tempfile.mkstemp(dir=self.partials)
-        temporary = Path(name)
-        try:
-            with original.open("rb") as source:
-                fcntl.ioctl(handle, _FICLONE, source.fileno())
-            os.fchmod(handle, 0o444)
-            temporary.replace(target)
-            return True
-        except OSError:  # the filesystem cannot, or it is another one: a hard link is tried next
-            temporary.unlink(missing_ok=True)
-            return False
-        finally:
-            os.close(handle)
-
-    def _link(self, original: Path, target: Path) -> bool:
-        try:
-            os.link(original, target)
-        except OSError:  # another filesystem, or the kernel protects the file: a copy is made next
-            return False
-        return True
-
     def _copy(self, original: Path, target: Path, on_bytes: Callable[[int], None] | None) -> bool:
         self.require_space(original.stat().st_size, original.name)
-        handle, name = tempfile.mkstemp(dir=self.partials)
-        temporary = Path(name)
-        try:
-            with original.open("rb") as source, os.fdopen(handle, "wb") as copy:
-                done = 0
-                while chunk := source.read(_COPY_CHUNK):
-                    copy.write(chunk)
-                    done += len(chunk)
-                    if on_bytes is not None:
-                        on_bytes(done)
-            _sync_file(temporary)
-            temporary.chmod(0o444)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with original.open("rb") as source, target.open("wb") as copy:
+            done = 0
+            while chunk := source.read(_COPY_CHUNK):
+                copy.write(chunk)
+                done += len(chunk)
+                if on_bytes is not None:
+                    on_bytes(done)
+        _sync_file(target)
+        target.chmod(0o444)
         return True
 
     # -- records ----------------------------------------------------------------------------------------------------
@@ -196,6 +163,29 @@ class Store:
         with disk_errors("model"):
             for path in (self.models / f"{blake3}.json", self.path(blake3), self.torrents / f"{blake3}.torrent"):
                 path.unlink(missing_ok=True)
+
+
+def _clone(original: Path, target: Path) -> bool:
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    try:
+        with original.open("rb") as source, target.open("wb") as clone:
+            fcntl.ioctl(clone.fileno(), _FICLONE, source.fileno())
+    except OSError:  # the filesystem cannot, or it is another one: a hard link is tried next
+        target.unlink(missing_ok=True)
+        return False
+    target.chmod(0o444)
+    return True
+
+
+def _link(original: Path, target: Path) -> bool:
+    try:
+        os.link(original, target)
+    except OSError:  # another filesystem, or the kernel protects the file: a copy is made next
+        return False
+    return True
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

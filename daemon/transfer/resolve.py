@@ -1,0 +1,237 @@
+"""From what a person typed to a plan: which bytes are wanted, what is promised about them, and who has them.
+
+A manifest is believed only when its signature verifies, and only about the bytes that were asked for; where an offer names
+a manifest, the pull does not go on without it. "Wrong" (a bad signature) and "could not check" (nobody gave it) are told apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from daemon.errors import Ambiguous, NotFound, SwarmError, Unavailable, Unserved, UsageError, VerificationError
+from daemon.ipfs.interface import IpfsNode
+from daemon.swarm.peers import PeerTable
+from daemon.torrent import metainfo
+from daemon.transfer.objects import MANIFEST_LIMIT, TORRENT_LIMIT, Objects, object_cid
+from daemon.trust import TrustBook
+from registry import codes, envelope, manifest, refs, routing
+from registry.errors import Malformed, NotVerified
+from registry.records import Address, Identity, Offer
+
+log = logging.getLogger(__name__)
+
+_GOSSIP_WAIT_S = 3.0  # how long an unknown code may take to be announced
+_CID_DEADLINE_S = 30.0  # how long IPFS may look for a bare CID
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is wanted and what is known about it; None means not known yet."""
+
+    ref: str
+    name: str = ""
+    size: int | None = None
+    cid: str | None = None
+    infohash: str | None = None
+    infohash_v2: str | None = None
+    identity: Identity | None = None  # what the signed manifest promises
+    envelope: str | None = None
+    manifest: str | None = None  # CID of the envelope
+    signed_by: str | None = None
+    source: str | None = None
+    torrent: bytes | None = None
+    holders: tuple[Address, ...] = ()
+    bittorrent: tuple[str, ...] = ()  # host:port that the reference itself named
+    file: Path | None = None  # a local file to take in
+
+    @property
+    def key(self) -> str:
+        """Names the partial download, so that the next try finds it."""
+        key = self.infohash_v2 or self.infohash or self.cid
+        if key is None:
+            raise ValueError("a plan without any identity")
+        return key
+
+
+class Resolver:
+    def __init__(self, objects: Objects, peers: PeerTable, trust: TrustBook, ipfs: Callable[[], IpfsNode | None], ipfs_enabled: bool) -> None:
+        self._objects = objects
+        self._peers = peers
+        self._trust = trust
+        self._ipfs = ipfs
+        self._ipfs_enabled = ipfs_enabled
+
+    async def resolve(self, text: str) -> Plan:
+        """Raises `UsageError`, `NotFound`, `Ambiguous`, `Unserved`, `VerificationError` or `Refused`."""
+        match parse(text):
+            case refs.PathRef(path=path):
+                return Plan(ref=text, name=Path(path).stem, file=Path(path).expanduser())
+            case refs.CodeRef() | refs.NameRef() as ref:
+                return await self._from_offers(text, await self._announced(text, ref))
+            case refs.CidRef(cid=cid):
+                return await self._from_cid(text, cid)
+            case refs.MagnetRef() as magnet:
+                return await self._from_magnet(text, magnet)
+            case refs.HfRef() | refs.UrlRef():
+                raise UsageError(text, "hf: and https references cannot be pulled yet", "download the file and publish it, or use a code, CID or magnet")
+
+    # -- offers -----------------------------------------------------------------------------------------------------
+
+    async def _announced(self, text: str, ref: refs.CodeRef | refs.NameRef) -> list[Offer]:
+        deadline = time.monotonic() + _GOSSIP_WAIT_S
+        while True:
+            offers = [offer for offer in self._peers.offers() if _offered_as(ref, offer)]
+            if offers or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.1)
+        models = routing.aggregate(offers, ())
+        if not models:
+            raise NotFound(text, "no node that this one knows announces it", "swarmctl models lists what is announced; swarmctl join adds a node")
+        if len(models) > 1:
+            listing = ", ".join(f"{model.code} {model.name}" for model in models)
+            raise Ambiguous(text, f"means {len(models)} models: {listing}", "use a longer code or the CID")
+        return offers
+
+    async def _from_offers(self, text: str, offers: Sequence[Offer]) -> Plan:
+        first = offers[0]
+        plan = Plan(
+            ref=text, name=first.name, size=first.size, cid=first.cid, holders=self._addresses(offers),
+            infohash=next((o.infohash for o in offers if o.infohash), None),
+            infohash_v2=next((o.infohash_v2 for o in offers if o.infohash_v2), None),
+        )  # fmt: skip
+        manifests = list(dict.fromkeys(offer.manifest for offer in offers if offer.manifest is not None))
+        return await self._with_manifest(plan, manifests) if manifests else plan
+
+    def _addresses(self, offers: Sequence[Offer]) -> tuple[Address, ...]:
+        nodes = dict.fromkeys(offer.node for offer in offers)
+        peers = (self._peers.peer(node) for node in nodes)
+        return tuple(peer.address for peer in peers if peer is not None)
+
+    def holders_of(self, plan: Plan) -> tuple[Address, ...]:
+        """Whoever has it by now: nodes that announced it since the plan was made come in as well."""
+        offers = [o for o in self._peers.offers() if o.cid == plan.cid or (o.infohash_v2 and o.infohash_v2 == plan.infohash_v2)]
+        return tuple(dict.fromkeys([*plan.holders, *self._addresses(offers)]))
+
+    # -- manifests --------------------------------------------------------------------------------------------------
+
+    async def _with_manifest(self, plan: Plan, manifests: Sequence[str]) -> Plan:
+        """The plan with the first manifest that verifies. Raises what was wrong with them when none does."""
+        wrong: VerificationError | None = None
+        for cid in manifests:
+            try:
+                data = await self._objects.get(cid, plan.holders, limit=MANIFEST_LIMIT)
+                return self.believe(plan, cid, data)
+            except Unserved:
+                log.info("manifest %s was not to be had", cid)
+            except VerificationError as error:
+                wrong = error
+        if wrong is not None:
+            raise wrong
+        raise VerificationError(plan.name or plan.ref, "its signature could not be checked, nobody gave the manifest", "try again when its publisher is online")
+
+    def believe(self, plan: Plan, cid: str, data: bytes) -> Plan:
+        """What a manifest's signer promises about the plan's bytes. Raises `VerificationError` or `Refused`."""
+        what = plan.name or plan.ref
+        try:
+            opened = envelope.open_envelope(data, manifest.PAYLOAD_TYPE, limit=MANIFEST_LIMIT)
+            claims = manifest.parse(opened.payload)
+        except (NotVerified, Malformed) as error:
+            raise VerificationError(what, f"its manifest does not verify: {error}", "ask its publisher for a new one") from error
+        identity = claims.identity
+        asked = (("CID", plan.cid, identity.cid), ("infohash", plan.infohash, identity.infohash), ("infohash", plan.infohash_v2, identity.infohash_v2))
+        for kind, wanted, promised in asked:
+            if wanted is not None and wanted != promised:
+                raise VerificationError(what, f"its manifest speaks of another {kind}", "check the reference with whoever gave it")
+        signer = opened.keys[0]
+        self._trust.require(signer, claims.name)
+        return replace(
+            plan, name=claims.name, size=identity.size, cid=identity.cid, infohash=identity.infohash, infohash_v2=identity.infohash_v2,
+            identity=identity, envelope=data.decode(), manifest=cid, signed_by=signer, source=claims.source,
+            torrent=plan.torrent,
+        )  # fmt: skip
+
+    # -- bare CIDs and magnets --------------------------------------------------------------------------------------
+
+    async def _from_cid(self, text: str, cid: str) -> Plan:
+        offers = [offer for offer in self._peers.offers() if cid in (offer.cid, offer.manifest)]
+        if offers:
+            return await self._from_offers(text, offers)
+        node = self._ipfs()
+        if node is None:
+            why = "IPFS is not running" if self._ipfs_enabled else "IPFS is switched off"
+            raise Unavailable(text, f"{why} and no node announces this CID", "swarmctl doctor tells what is missing; a code or magnet works without IPFS")
+        size = await node.size(cid, deadline_s=_CID_DEADLINE_S)
+        if size <= MANIFEST_LIMIT:
+            data = await node.read_bytes(cid, limit=MANIFEST_LIMIT, deadline_s=_CID_DEADLINE_S)
+            if data.lstrip().startswith(b"{"):
+                return await self._from_manifest(text, cid, data)
+        return Plan(ref=text, name=cid, size=size, cid=cid)
+
+    async def _from_manifest(self, text: str, cid: str, data: bytes) -> Plan:
+        if object_cid(data) != cid:
+            raise VerificationError(text, "IPFS gave other bytes for the manifest", "try again")
+        plan = self.believe(Plan(ref=text), cid, data)
+        return replace(plan, holders=self.holders_of(plan))
+
+    async def _from_magnet(self, text: str, magnet: refs.MagnetRef) -> Plan:
+        def same(offer: Offer) -> bool:
+            return bool(
+                (magnet.infohash and offer.infohash == magnet.infohash) or (magnet.infohash_v2 and offer.infohash_v2 == magnet.infohash_v2)
+            )
+
+        offers = [offer for offer in self._peers.offers() if same(offer)]
+        if offers:
+            return replace(await self._from_offers(text, offers), bittorrent=magnet.peers)
+        return Plan(
+            ref=text, name=magnet.name or "", size=magnet.size, infohash=magnet.infohash, infohash_v2=magnet.infohash_v2,
+            bittorrent=magnet.peers,
+        )  # fmt: skip
+
+    # -- the torrent ------------------------------------------------------------------------------------------------
+
+    async def published_torrent(self, plan: Plan) -> bytes | None:
+        """The .torrent that the plan's manifest or its holders name; None when there is none to be had this way."""
+        if plan.envelope is None:
+            return None
+        named = manifest.parse(envelope.open_envelope(plan.envelope.encode(), manifest.PAYLOAD_TYPE, limit=MANIFEST_LIMIT).payload).torrent
+        if named is None:
+            return None
+        try:
+            return check_torrent(plan, await self._objects.get(named, plan.holders, limit=TORRENT_LIMIT))
+        except Unserved:
+            return None
+
+
+def parse(text: str) -> refs.Ref:
+    try:
+        return refs.parse_ref(text)
+    except Malformed as error:
+        raise UsageError(text[:80], str(error), "use a code, a CID, a magnet, a manifest CID or a path that starts with / or ./") from error
+
+
+def check_torrent(plan: Plan, torrent: bytes) -> bytes:
+    """The torrent itself, if it is of the bytes that the plan promises. Raises `VerificationError`."""
+    try:
+        facts = metainfo.parse(torrent)
+    except SwarmError as error:
+        raise VerificationError(plan.name or plan.ref, f"its torrent cannot be used: {error.why}", "try another source") from error
+    promised = (
+        (facts.infohash, plan.infohash),
+        (facts.infohash_v2, plan.infohash_v2),
+        (facts.size, plan.size),
+        (facts.name, plan.identity.filename if plan.identity else None),
+    )
+    if any(expected is not None and found != expected for found, expected in promised):
+        raise VerificationError(plan.name or plan.ref, "its torrent is of other bytes than promised", "try another source")
+    return torrent
+
+
+def _offered_as(ref: refs.CodeRef | refs.NameRef, offer: Offer) -> bool:
+    if isinstance(ref, refs.NameRef):
+        return offer.name == ref.name or ref.name.lower() in (offer.infohash, offer.infohash_v2)
+    return offer.name == ref.code or any(full.startswith(ref.code) for full in codes.codes_of(offer.cid, offer.infohash_v2))
