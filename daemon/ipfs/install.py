@@ -142,8 +142,8 @@ def _new_enough(binary: Path) -> bool:
 
 
 def _version_of(binary: Path) -> Version | None:
-    # Without a repository of its own it would want $HOME and load the plugins of the user's one.
-    environment = {**os.environ, "IPFS_PATH": os.devnull, "IPFS_TELEMETRY": "off"}
+    # Left alone it would want $HOME and load the plugins of the user's one.
+    environment = {**os.environ, "IPFS_PATH": f"{binary}.no-repository", "IPFS_TELEMETRY": "off"}
     try:
         command = [str(binary), "version", "--number"]
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=True)
