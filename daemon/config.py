@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Swarm:
 class Transfer:
     download_rate: int = 0  # bytes per second over all pulls; 0: no limit
     upload_rate: int = 0  # bytes per second of BitTorrent upload; 0: no limit
-    stall: float = 5.0  # seconds without a byte after which a source counts as stalled
+    stall: float = 5.0  # seconds without a byte from IPFS after which BitTorrent joins
     give_up: float = 120.0  # seconds without a byte from any source after which a pull fails (it can be resumed)
 
 
@@ -163,7 +164,7 @@ def _convert(name: str, kind: Any, raw: Any, where: str) -> Any:
         if isinstance(raw, bool) or not isinstance(raw, int | float | str):
             raise wrong("a number")
         try:
-            number = kind(raw)
+            number = _bytes(raw) if kind is int and isinstance(raw, str) else kind(raw)
         except ValueError:
             raise wrong("a number") from None
         if number != number or (kind is int and isinstance(raw, float) and raw != number):
@@ -179,6 +180,15 @@ def _convert(name: str, kind: Any, raw: Any, where: str) -> Any:
     if isinstance(raw, Sequence) and all(isinstance(item, str) for item in raw):
         return tuple(raw)
     raise wrong("a list of texts")
+
+
+def _bytes(text: str) -> int:
+    """A whole number, for sizes and rates also with a unit: `20MiB`, `1.5GB`."""
+    match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*", text)
+    if match is None:
+        return int(text)
+    unit = match[2]
+    return int(float(match[1]) * (1024 if "i" in unit else 1000) ** (" KMGT".index(unit[0]) if unit != "B" else 0))
 
 
 def _check(config: Config) -> None:

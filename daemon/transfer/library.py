@@ -22,7 +22,7 @@ from daemon.transfer.store import Record, Store
 from daemon.trust import TrustBook
 from registry import codes, refs
 from registry.errors import Malformed
-from registry.records import Model, Trust
+from registry.records import GgufFacts, Model, Trust
 from registry.store import Ledger
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Library:
         facts = await asyncio.to_thread(gguf.inspect, path)
         await self.enter(identified, Record(self.describe(identified, facts.facts.name or blake3[:12], facts.facts, "pulled")))
 
-    def describe(self, identified: Identified, name: str, facts: gguf.GgufFacts, origin: str) -> Model:
+    def describe(self, identified: Identified, name: str, facts: GgufFacts, origin: str) -> Model:
         """A model record as of now; signature and source are the caller's to add."""
         return Model(
             identity=identified.identity,

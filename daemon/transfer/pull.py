@@ -29,6 +29,7 @@ from daemon.transfer.sources import IpfsSource, LeafSink, PieceSink, RateLimit, 
 from daemon.transfer.store import Record, Store
 from daemon.transfer.transfers import Transfer
 from registry.cid import LEAF_SIZE
+from registry.records import GgufFacts, Model
 
 log = logging.getLogger(__name__)
 
@@ -72,31 +73,31 @@ class Puller:
         self._patience = patience
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    async def pull(self, transfer: Transfer, text: str) -> Record:
+    async def pull(self, transfer: Transfer, text: str) -> Model:
         """Raises any `SwarmError`; what has been fetched and verified stays for the next try unless it is wrong."""
         here = [model for model in self._library.matches(text) if model.quarantined is None]
         if len(here) == 1:
-            return self._library.record(here[0])
+            return here[0]
         plan = await self._resolver.resolve(text)
         transfer.name, transfer.size = plan.name, plan.size
         if plan.file is not None:
             return await self._take_in(transfer, plan, plan.file)
         async with self._locks[plan.key]:
             if plan.identity is not None and self._library.sound(plan.identity.blake3):
-                return self._library.record(self._library.find(plan.identity.cid))
+                return self._library.find(plan.identity.cid)
             plan = await self._with_torrent(plan)
             identified, facts = await self._fetch_and_verify(transfer, plan)
             return await self._enter(transfer, plan, identified, facts)
 
     # -- taking in --------------------------------------------------------------------------------------------------
 
-    async def _take_in(self, transfer: Transfer, plan: Plan, path: Path) -> Record:
+    async def _take_in(self, transfer: Transfer, plan: Plan, path: Path) -> Model:
         identified, facts = await self._publisher.take_in(transfer, path)
         if self._library.sound(identified.identity.blake3):
-            return self._library.record(self._library.find(identified.identity.cid))
+            return self._library.find(identified.identity.cid)
         return await self._enter(transfer, replace(plan, name=checked_name(plan.name)), identified, facts)
 
-    async def _enter(self, transfer: Transfer, plan: Plan, identified: Identified, facts: gguf.GgufFacts) -> Record:
+    async def _enter(self, transfer: Transfer, plan: Plan, identified: Identified, facts: GgufFacts) -> Model:
         transfer.state = "storing"
         name = plan.name if plan.name not in ("", plan.cid) else facts.name or identified.identity.blake3[:12]
         model = replace(
@@ -111,7 +112,7 @@ class Puller:
         for text in notes:
             transfer.note(text)
         transfer.name = entered.name
-        return self._library.record(entered)
+        return entered
 
     # -- fetching ---------------------------------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ class Puller:
         facts = metainfo.parse(torrent)
         return replace(plan, torrent=torrent, size=facts.size, infohash=facts.infohash, infohash_v2=facts.infohash_v2)
 
-    async def _fetch_and_verify(self, transfer: Transfer, plan: Plan) -> tuple[Identified, gguf.GgufFacts]:
+    async def _fetch_and_verify(self, transfer: Transfer, plan: Plan) -> tuple[Identified, GgufFacts]:
         if plan.size is None:
             raise Unserved(plan.ref, "nobody tells how large it is", "join a node that has it")
         transfer.size, transfer.name = plan.size, transfer.name or plan.name
