@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis.configuration import set_hypothesis_home_dir
+
+from daemon.ipfs import install
 
 CACHE = Path(__file__).parent.parent / ".cache"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+set_hypothesis_home_dir(CACHE / "hypothesis")
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +35,9 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def kubo_binary() -> Path:
     """The Kubo that set-up found, fetched or built."""
-    path = CACHE / "kubo" / "ipfs"
-    if not path.is_file():
-        pytest.fail("there is no Kubo in .cache/kubo; run `make setup`")
+    path = install.find(cache=CACHE / "kubo")
+    if path is None:
+        pytest.fail("there is no Kubo on PATH or in .cache/kubo; run `make setup`")
     return path
 
 
