@@ -260,6 +260,7 @@ def build_llama(lane: Lane, arguments: list[str], model: threading.Event) -> Non
 
 
 def kubo(lane: Lane) -> None:
+    lane.say("on PATH, in the cache, or to be fetched or built")
     lane.must([sys.executable, "-m", "daemon.ipfs.install", "--cache", str(CACHE / "kubo")], progress=r"^\[ *\d+ s\] (.*)")
 
 
@@ -304,6 +305,8 @@ def side_by_side(lanes: dict[str, Callable[[], None]], screen: Screen, children:
             work()
         except Exception as error:  # raised again below, in the main thread
             failures.append(error)
+        else:
+            screen.say(f"{name}: ready")
         screen.at.pop(name, None)
         over.release()
 

@@ -1,0 +1,153 @@
+"""What set-up decides. The AMX fault itself cannot be made on a machine that has no AMX: here a stand-in dies by its signals."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+CI = ROOT / ".ci"
+
+
+@pytest.fixture(scope="module")
+def setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("swarmctl_setup", CI / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("returncode", "machine", "without_amx", "decision"),
+    [
+        (0, "x86_64", False, "done"),
+        (0, "aarch64", True, "done"),
+        (-signal.SIGSEGV, "x86_64", False, "rebuild"),
+        (-signal.SIGILL, "AMD64", False, "rebuild"),
+        (-signal.SIGSEGV, "x86_64", True, "fail"),  # once is enough: it is not AMX then
+        (-signal.SIGILL, "arm64", False, "fail"),  # the flags mean nothing there
+        (-signal.SIGKILL, "x86_64", False, "fail"),  # out of memory, most likely
+        (1, "x86_64", False, "fail"),
+    ],
+)
+def test_what_a_proof_leads_to(setup: ModuleType, returncode: int, machine: str, without_amx: bool, decision: str) -> None:
+    assert setup.after_proof(returncode, machine, without_amx) == decision
+
+
+def dies(by: int) -> int:
+    return subprocess.run([sys.executable, "-c", f"import os; os.kill(os.getpid(), {by})"]).returncode
+
+
+@pytest.mark.parametrize("by", [signal.SIGSEGV, signal.SIGILL])
+def test_a_prover_that_dies_gets_one_rebuild_and_must_pass_then(setup: ModuleType, by: int) -> None:
+    steps: list[str] = []
+
+    def prove() -> int:
+        steps.append("prove")
+        return dies(by) if "rebuild" not in steps else 0
+
+    setup.prove_or_rebuild(prove, lambda: steps.append("rebuild"), "x86_64")
+    assert steps == ["prove", "rebuild", "prove"]
+
+    steps.clear()
+    with pytest.raises(setup.Failed):
+        setup.prove_or_rebuild(lambda: dies(by), lambda: steps.append("rebuild"), "x86_64")
+    assert steps == ["rebuild"]
+
+
+def test_a_wrong_answer_is_no_reason_to_rebuild(setup: ModuleType) -> None:
+    with pytest.raises(setup.Failed):
+        setup.prove_or_rebuild(lambda: 1, lambda: pytest.fail("rebuilt"), "x86_64")
+
+
+def test_the_rebuild_switches_every_amx_flag_off_and_bypasses_the_wheel_cache(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[tuple[str, ...], dict[str, str]]] = []
+    monkeypatch.setattr(setup, "pip_install", lambda _lane, *args, progress="", **env: calls.append((args, env)))
+    monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_BLAS=ON")
+    ends = iter([-signal.SIGSEGV, 0])
+
+    class Lane:
+        def say(self, text: str) -> None: ...
+
+        def run(self, command: list[str]) -> int:
+            return next(ends)
+
+    there = threading.Event()
+    there.set()
+    setup.build_llama(Lane(), ["-r", "lock"], there)
+    (first, first_environment), (again, environment) = calls
+    assert first_environment == {} and "--no-cache-dir" not in first
+    assert {"--no-cache-dir", "--force-reinstall"} <= set(again)
+    assert environment["CMAKE_ARGS"].startswith("-DGGML_BLAS=ON -DCMAKE_C_FLAGS='")
+    for flag in ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"):
+        assert environment["CMAKE_ARGS"].count(flag) == 2
+
+
+def test_locks_are_pinned_hashed_and_name_no_index(setup: ModuleType) -> None:
+    for name in ("requirements.txt", "tools.txt", "model.txt"):
+        text = (CI / name).read_text()
+        requirements = re.findall(r"^([a-z0-9._-]+)(==\S+)?.*?\n((?:    --hash.*\n)*)", text, re.MULTILINE)
+        assert requirements and all(version and hashes for _, version, hashes in requirements)
+        assert not re.search(r"https?:|^-", text, re.MULTILINE)
+
+
+def test_the_lock_splits_without_loss(setup: ModuleType) -> None:
+    lock = (CI / "requirements.txt").read_text()
+    others, llama = setup.split_lock(lock, setup.LLAMA)
+    assert llama.startswith("llama-cpp-python==") and "--hash=" in llama
+    assert sorted((others + llama).splitlines()) == sorted(lock.splitlines())
+    with pytest.raises(setup.Failed):
+        setup.split_lock(lock, "absent")
+
+
+def test_a_failing_lane_ends_the_commands_of_the_others(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "CACHE", tmp_path)
+    screen, children = setup.Screen(), setup.Children()
+    pid_file = tmp_path / "pid"
+    ended = threading.Event()
+
+    def long() -> None:
+        lane = setup.Lane("long", screen, children)
+        try:
+            lane.must([sys.executable, "-c", f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"])
+        finally:
+            ended.set()
+
+    def failing() -> None:
+        deadline = time.monotonic() + 30
+        while not (pid_file.is_file() and pid_file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise setup.Failed("the disk is full")
+
+    with pytest.raises(setup.Failed, match="the disk is full"):
+        setup.side_by_side({"long": long, "failing": failing}, screen, children)
+    assert ended.wait(30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
+def test_a_step_is_done_once_until_what_it_depends_on_changes(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "VENV", tmp_path)
+
+    def needed(wanted: str) -> bool:
+        with setup.once("step", wanted) as answer:
+            return bool(answer)
+
+    assert [needed("a"), needed("a"), needed("b"), needed("b")] == [True, False, True, False]
+    with pytest.raises(OSError), setup.once("step", "c"):
+        raise OSError
+    assert needed("b"), "a step that failed has no stamp"
