@@ -198,9 +198,9 @@ class Library:
 def _means(ref: refs.Ref, model: Model) -> bool:
     identity = model.identity
     match ref:
-        case refs.CodeRef(code=code):
-            own = (codes.code_of_infohash_v2(identity.infohash_v2), codes.code_of_cid(identity.cid))
-            return any(full.startswith(code) for full in own) or model.name == code
+        case refs.CodeRef(code=code, name=name):
+            own = codes.codes_of(identity.cid, identity.infohash_v2)
+            return any(full.startswith(code) for full in own) or model.name == name
         case refs.CidRef(cid=wanted):
             return wanted in (identity.cid, model.manifest, model.torrent)
         case refs.MagnetRef(infohash=v1, infohash_v2=v2):

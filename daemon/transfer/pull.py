@@ -99,7 +99,9 @@ class Puller:
 
     async def _enter(self, transfer: Transfer, plan: Plan, identified: Identified, facts: GgufFacts) -> Model:
         transfer.state = "storing"
-        name = plan.name if plan.name not in ("", plan.cid) else facts.name or identified.identity.blake3[:12]
+        name = plan.name if plan.name not in ("", plan.cid) else facts.name or ""
+        if not name.strip():
+            name = identified.identity.blake3[:12]
         model = replace(
             self._library.describe(identified, checked_name(name), facts, "pulled"),
             manifest=plan.manifest, signed_by=plan.signed_by, source=plan.source,

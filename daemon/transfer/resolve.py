@@ -234,4 +234,4 @@ def check_torrent(plan: Plan, torrent: bytes) -> bytes:
 def _offered_as(ref: refs.CodeRef | refs.NameRef, offer: Offer) -> bool:
     if isinstance(ref, refs.NameRef):
         return offer.name == ref.name or ref.name.lower() in (offer.infohash, offer.infohash_v2)
-    return offer.name == ref.code or any(full.startswith(ref.code) for full in codes.codes_of(offer.cid, offer.infohash_v2))
+    return offer.name == ref.name or any(full.startswith(ref.code) for full in codes.codes_of(offer.cid, offer.infohash_v2))

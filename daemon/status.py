@@ -1,0 +1,88 @@
+"""`GET /api/status`: how the node and each of its parts are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from daemon.config import Config
+from daemon.engine.serving import Serving
+from daemon.errors import SwarmError
+from daemon.ipfs.keeper import IpfsKeeper
+from daemon.swarm.announce import Announcer
+from daemon.torrent.session import TorrentSession
+from daemon.transfer.library import Library
+from daemon.transfer.transfers import FINAL, Transfers
+from registry import codes
+from registry.address import format_address
+
+
+class Status:
+    def __init__(
+        self,
+        config: Config,
+        version: str,
+        started: str,
+        keeper: IpfsKeeper,
+        torrents: TorrentSession | None,
+        library: Library,
+        transfers: Transfers,
+        serving: Serving,
+        announcer: Announcer,
+        loops: Callable[[], dict[str, str]],
+    ) -> None:
+        self._config = config
+        self._version = version
+        self._started = started
+        self._keeper = keeper
+        self._torrents = torrents
+        self._library = library
+        self._transfers = transfers
+        self._serving = serving
+        self._announcer = announcer
+        self._loops = loops
+        self.api = ""  # known once the API listens
+
+    async def read(self) -> dict[str, Any]:
+        address = self._announcer.address()
+        ipfs = await self._ipfs()
+        served = self._serving.served()
+        return {
+            "state": "degraded" if ipfs["state"] == "down" or self._loops() else "ready",
+            "node": address.node,
+            "peer_id": ipfs.pop("peer_id"),
+            "addresses": [format_address(address)],
+            "api": self.api,
+            "network": self._config.network,
+            "version": self._version,
+            "pid": os.getpid(),
+            "started": self._started,
+            "home": str(self._config.home),
+            "ipfs": ipfs,
+            "bittorrent": self._bittorrent(),
+            "models": len(self._library.models()),
+            "serving": [codes.short(codes.code_of_infohash_v2(m.identity.infohash_v2)) for m in self._library.models() if m.identity.blake3 in served],
+            "transfers": sum(transfer.state not in FINAL for transfer in self._transfers.all()),
+            "troubles": self._loops(),
+        }  # fmt: skip
+
+    async def _ipfs(self) -> dict[str, Any]:
+        keeper = self._keeper
+        found: dict[str, Any] = {
+            "enabled": self._config.ipfs.enabled, "state": keeper.state, "version": keeper.version or None, "pid": keeper.pid,
+            "peers": 0, "reason": keeper.reason or None, "peer_id": None,
+        }  # fmt: skip
+        node = keeper.node
+        if node is not None:
+            try:
+                found["peer_id"] = (await node.identity()).peer_id
+                found["peers"] = len(await node.peers())
+            except SwarmError as error:  # it went away just now; the keeper will say so in a moment
+                found["reason"] = error.why
+        return found
+
+    def _bittorrent(self) -> dict[str, Any]:
+        if self._torrents is None:
+            return {"enabled": False, "state": "off", "port": None, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0}
+        return {"enabled": True, "state": "ready", "port": self._torrents.port, **self._torrents.status()}
