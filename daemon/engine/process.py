@@ -1,0 +1,247 @@
+"""The daemon's side of one worker process: start it, talk to it, know when and why it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import BinaryIO, Final, cast
+
+import daemon
+from daemon.engine.interface import ChatRequest, Delta, FinishReason, Usage
+from daemon.engine.protocol import Load, Message, ProtocolError, Sampling, encode, receive
+from daemon.errors import Busy, InferenceError, ModelLoadError, UsageError
+
+_STOP_S: Final = 2.0  # from SIGTERM to SIGKILL
+# What llama.cpp and the dynamic linker may need; keys and tokens of the daemon's environment are none of a worker's business.
+_ENVIRONMENT: Final = (
+    "PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES",
+)  # fmt: skip
+_CAUSES: Final[dict[int, str]] = {signal.SIGKILL: " (out of memory?)", signal.SIGVTALRM: " (its chat template ran for too long)"}
+_REBUILD: Final = (
+    "rebuild llama-cpp-python for this machine: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16' "
+    "-DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'\" pip install --force-reinstall --no-cache-dir llama-cpp-python"
+)
+
+
+class WorkerProcess:
+    """One loaded model. Made by `start`; a `Provider` until it has ended."""
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: Path, queue: int) -> None:
+        self._process = process
+        self._folder = folder
+        self._queue = queue
+        self._chats: dict[int, asyncio.Queue[Message]] = {}
+        self._next_chat = 0
+        self._stage = "start"
+        self._ready: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._gone: str | None = None
+        self._stopping = False
+        self._listener = asyncio.create_task(self._listen(), name=f"worker {process.pid}")
+        self.on_gone: Callable[[str], None] = lambda reason: None
+        self.on_activity: Callable[[], None] = lambda: None
+        self.context = self.slots = 0
+        self.tokens_per_second = 0.0
+        self.offline = False
+
+    @classmethod
+    async def start(cls, load: Load, log: Path, *, queue: int, timeout: float) -> WorkerProcess:
+        """Load a model in a new process. Raises `ModelLoadError`; whatever happens, no process is left behind then.
+
+        `queue` chats may wait beyond those that are answered; `timeout` is in seconds.
+        """
+        folder, output = await asyncio.to_thread(_prepare, log)
+        try:
+            process = await _spawn(folder, output)
+        except OSError as error:
+            await asyncio.to_thread(shutil.rmtree, folder, True)
+            why = f"its worker could not be started ({error.strerror})"
+            raise ModelLoadError("the model", why, "check the limits on processes") from error
+        finally:
+            output.close()
+        worker = cls(process, folder, queue)
+        try:
+            await worker._load(load, timeout)
+        except BaseException:
+            await worker.stop()
+            raise
+        return worker
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def active(self) -> int:
+        """Chats that run or wait."""
+        return len(self._chats)
+
+    async def chat(self, request: ChatRequest) -> AsyncIterator[Delta]:
+        """See `Provider`. Closing the iterator cancels the answer at its next token."""
+        if self._gone is not None:
+            raise InferenceError("the model", self._gone, "serve it again")
+        if self.active >= self.slots + self._queue:
+            raise Busy("the model", f"{self.active} chats are running or waiting already", "try again in a moment")
+        self._next_chat += 1
+        chat_id, inbox = self._next_chat, asyncio.Queue[Message]()
+        self._chats[chat_id] = inbox
+        self.on_activity()
+        ended = False
+        try:
+            await self._send({"type": "chat", "id": chat_id, "messages": list(request.messages), "sampling": _sampling(request)})
+            while not ended:
+                message = await inbox.get()
+                ended = message["type"] != "delta"
+                yield _delta(message)
+        finally:
+            del self._chats[chat_id]
+            if not ended and self._gone is None:
+                self._process_input.write(encode({"type": "cancel", "id": chat_id}))
+            self.on_activity()
+
+    def set_threads(self, count: int) -> None:
+        """From the next decode on."""
+        if self._gone is None:
+            self._process_input.write(encode({"type": "threads", "count": count}))
+
+    async def stop(self) -> None:
+        """End the process; its memory is free when this returns. Idempotent, at most a few seconds."""
+        self._stopping = True
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            await asyncio.wait_for(asyncio.shield(self._listener), _STOP_S)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._listener
+
+    @property
+    def _process_input(self) -> asyncio.StreamWriter:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    async def _send(self, message: Message) -> None:
+        try:
+            self._process_input.write(encode(message))
+            await self._process_input.drain()
+        except ProtocolError:
+            raise UsageError("the conversation", "it is too large", "shorten it") from None
+        except ConnectionError:
+            pass  # the worker has just ended; the listener tells every chat why
+
+    async def _load(self, load: Load, timeout: float) -> None:
+        await self._send({"type": "load", "load": load})
+        try:
+            ready = await asyncio.wait_for(self._ready, timeout)
+        except TimeoutError:
+            raise ModelLoadError("the model", f"it was not loaded within {timeout:g} s", "try again when the disk is less busy") from None
+        if ready["type"] == "failed":
+            raise ModelLoadError("the model", ready["why"], "the worker's log in the data folder tells more")
+        if ready["type"] == "gone":
+            hint = _REBUILD if self._bad_build() else "the worker's log in the data folder tells more"
+            raise ModelLoadError("the model", ready["why"], hint)
+        self.context, self.slots = ready["context"], ready["slots"]
+        self.tokens_per_second, self.offline = ready["tokens_per_second"], ready["offline"]
+
+    def _bad_build(self) -> bool:
+        return self._stage in ("load", "warm-up") and self._process.returncode in (-signal.SIGSEGV, -signal.SIGILL)
+
+    async def _listen(self) -> None:
+        assert self._process.stdout is not None
+        try:
+            while (message := await receive(self._process.stdout)) is not None:
+                self._dispatch(message)
+        except ProtocolError:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        # Its side of the pipe is closed: it has ended or is about to.
+        code = await self._process.wait()
+        self._gone = "it was stopped" if self._stopping else self._why(code)
+        self._process_input.close()
+        gone: Message = {"type": "gone", "why": self._gone}
+        if not self._ready.done():
+            self._ready.set_result(gone)
+        for inbox in self._chats.values():
+            inbox.put_nowait(gone)
+        await asyncio.to_thread(shutil.rmtree, self._folder, True)
+        if not self._stopping:
+            self.on_gone(self._gone)
+
+    def _dispatch(self, message: Message) -> None:
+        if message["type"] == "stage":
+            self._stage = message["stage"]
+        elif message["type"] in ("ready", "failed"):
+            if not self._ready.done():
+                self._ready.set_result(message)
+        elif (inbox := self._chats.get(message["id"])) is not None:  # a cancelled chat may still have said something
+            inbox.put_nowait(message)
+
+    def _why(self, code: int) -> str:
+        if code >= 0:
+            return f"its worker ended with exit code {code}"
+        if self._bad_build():
+            name = _signal_name(code)
+            return f"llama.cpp died by {name} at its first decode, so it was built for instructions (AMX?) that this machine lacks"
+        return f"its worker died by {_signal_name(code)}{_CAUSES.get(-code, '')}"
+
+
+def _delta(message: Message) -> Delta:
+    if message["type"] == "delta":
+        return Delta(text=message["text"])
+    if message["type"] == "end":
+        finish = cast(FinishReason, message["finish"])
+        return Delta(finish=finish, usage=Usage(message["prompt_tokens"], message["completion_tokens"]))
+    if message["type"] == "error":
+        raise UsageError(message["what"], message["why"], message["hint"])
+    raise InferenceError("the answer", f"cut off: {message['why']}", "ask again")
+
+
+def _sampling(request: ChatRequest) -> Sampling:
+    return Sampling(
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        frequency_penalty=request.frequency_penalty,
+        presence_penalty=request.presence_penalty,
+        seed=request.seed,
+        stop=list(request.stop),
+    )
+
+
+def _prepare(log: Path) -> tuple[Path, BinaryIO]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="swarmctl-worker-")), log.open("wb")
+
+
+async def _spawn(folder: Path, output: BinaryIO) -> asyncio.subprocess.Process:
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment |= {
+        "TMPDIR": str(folder),
+        # The same code that runs here, wherever the current folder is.
+        "PYTHONPATH": str(Path(daemon.__file__).parent.parent),
+        # A thread would keep the worker from leaving the network, and numpy computes nothing there.
+        "OPENBLAS_NUM_THREADS": "1",
+        # ggml would start a debugger for a backtrace when it aborts.
+        "GGML_NO_BACKTRACE": "1",
+    }
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-m", "daemon.engine.worker", str(os.getpid()),
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=output, cwd=folder, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def _signal_name(code: int) -> str:
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
