@@ -1,0 +1,63 @@
+"""The local HTTP API: which route is whose. Run it with `AppRunner(app, handler_cancellation=True)`: who goes away stops asking."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from aiohttp import web
+
+from daemon.api import guard, metrics, models, openai, swarm
+from daemon.api.services import SERVICES, Services, services
+
+
+def create_app(services: Services, token: str) -> web.Application:
+    """The application. `token` is the bearer token; the port that `Host` must name is the one a request comes in on."""
+    app = web.Application(middlewares=[guard.answer_errors, guard.gate(token)])
+    app[SERVICES] = services
+    app[guard.REQUESTS] = Counter()
+    app.add_routes(
+        [
+            web.get("/healthz", healthz, allow_head=False),
+            web.get("/metrics", metrics.metrics, allow_head=False),
+            web.get("/api/status", status, allow_head=False),
+            web.post("/api/stop", stop),
+            web.get("/v1/models", openai.list_models, allow_head=False),
+            web.get("/v1/models/{id:.+}", openai.get_model, allow_head=False),
+            web.post("/v1/chat/completions", openai.chat_completions),
+            web.get("/api/ai/list", models.list_models, allow_head=False),
+            web.post("/api/ai/publish", models.publish),
+            web.post("/api/ai/download", models.download),
+            web.get("/api/transfers", models.list_transfers, allow_head=False),
+            web.get("/api/transfers/{id}", models.get_transfer, allow_head=False),
+            web.delete("/api/transfers/{id}", models.cancel_transfer),
+            web.get("/api/transfers/{id}/events", models.transfer_events, allow_head=False),
+            web.post("/api/ai/serve", models.serve),
+            web.delete("/api/ai/serve", models.stop_serving),
+            web.delete("/api/ai/model", models.remove),
+            web.post("/api/ai/chat", models.whole_chat),
+            web.get("/api/ai/verify", models.verify, allow_head=False),
+            web.post("/api/fsck", models.fsck),
+            web.get("/api/trust", models.list_keys, allow_head=False),
+            web.post("/api/trust", models.set_key),
+            web.delete("/api/trust", models.remove_key),
+            web.get("/api/swarm/models", swarm.list_models, allow_head=False),
+            web.get("/api/swarm/peers", swarm.list_peers, allow_head=False),
+            web.post("/api/swarm/register", swarm.register),
+            web.post("/api/swarm/join", swarm.join),
+            web.post("/api/swarm/relay/chat", swarm.relay_chat),
+        ]
+    )
+    return app
+
+
+async def healthz(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"status": "ok"})
+
+
+async def status(request: web.Request) -> web.StreamResponse:
+    return web.json_response(await services(request).status())
+
+
+async def stop(request: web.Request) -> web.StreamResponse:
+    services(request).stop()
+    return web.json_response({"state": "stopping"}, status=202)

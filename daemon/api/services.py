@@ -1,0 +1,156 @@
+"""What the API is given: the daemon's services by what it asks of them, and nothing of how they work."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from daemon.engine.interface import ChatRequest, Delta, Served, ServeOptions
+from daemon.errors import SwarmError
+from registry.records import Address, Announcement, Model, Offer, Peer, Trust
+
+FINAL_STATES = frozenset({"done", "failed", "cancelled"})
+
+
+class Transfer(Protocol):
+    """A pull or a publish as of now; `state` in `FINAL_STATES` is the last one. `sources` maps a source to bytes."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def ref(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> int | None: ...
+    @property
+    def received(self) -> int: ...
+    @property
+    def sources(self) -> Mapping[str, int]: ...
+    @property
+    def rate(self) -> float: ...
+    @property
+    def peers(self) -> int: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+    @property
+    def error(self) -> SwarmError | None: ...
+    @property
+    def model(self) -> Model | None: ...
+    @property
+    def started(self) -> str: ...
+    @property
+    def finished(self) -> str | None: ...
+
+
+class Library(Protocol):
+    def models(self) -> Sequence[Model]: ...
+    def find(self, text: str, /) -> Model: ...
+    def path(self, model: Model, /) -> Path: ...
+    def trust(self, model: Model, /) -> Trust: ...
+    async def remove(self, model: Model, /) -> None: ...
+    async def check(self, model: Model, /) -> Model: ...
+
+
+class Pull(Protocol):
+    def __call__(self, ref: str, /) -> Transfer:
+        """Begin a pull, or join the one of the same `ref` that is under way. Raises `UsageError` for what is no ref."""
+        ...
+
+
+class Publish(Protocol):
+    def __call__(self, path: Path, /, *, name: str | None, license: str | None, source: str | None) -> Transfer:
+        """Begin to publish the file at the absolute `path`."""
+        ...
+
+
+class Transfers(Protocol):
+    def all(self) -> Sequence[Transfer]: ...
+    def get(self, transfer_id: str, /) -> Transfer: ...
+    async def cancel(self, transfer_id: str, /) -> Transfer: ...
+    def watch(self, transfer_id: str, /) -> AsyncIterator[Transfer]:
+        """The transfer as it is, then again and again as it changes, its final state last. Leaving the iterator changes nothing."""
+        ...
+
+
+class Serving(Protocol):
+    async def serve(self, model: Model, options: ServeOptions, /) -> Served: ...
+    async def stop(self, model: Model, /) -> bool: ...
+    def served(self) -> Mapping[str, Served]: ...
+
+
+class PeerTable(Protocol):
+    def offers(self) -> Sequence[Offer]: ...
+    def peers(self) -> Sequence[Peer]: ...
+    def peer(self, node: str, /) -> Peer | None: ...
+
+
+class Announcer(Protocol):
+    async def join(self, address: Address, /) -> Peer: ...
+    async def receive(self, envelope: bytes, /) -> Announcement: ...
+
+
+class Answer(Protocol):
+    """An answer that has begun to come. Closing `deltas` cancels it where it is made."""
+
+    @property
+    def answered_by(self) -> str: ...
+    @property
+    def code(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def deltas(self) -> AsyncIterator[Delta]: ...
+
+
+class Answers(Protocol):
+    async def open(self, model: str | None, request: ChatRequest, /) -> Answer:
+        """Choose who answers and begin. `model` is a code, CID or name; None: the routing rule chooses."""
+        ...
+
+
+class KeyEntry(Protocol):
+    @property
+    def key(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+
+
+class TrustBook(Protocol):
+    def entries(self) -> Sequence[KeyEntry]: ...
+    async def set(self, key: str, state: str, name: str = "", /) -> KeyEntry: ...
+    async def remove(self, key: str, /) -> KeyEntry: ...
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything that a route may touch. `status` gives `GET /api/status` whole; `stop` asks the daemon to end and returns."""
+
+    library: Library
+    pull: Pull
+    publish: Publish
+    transfers: Transfers
+    serving: Serving
+    peers: PeerTable
+    announcer: Announcer
+    answers: Answers
+    trust: TrustBook
+    status: Callable[[], Awaitable[dict[str, Any]]]
+    stop: Callable[[], None]
+
+
+SERVICES = web.AppKey("services", Services)
+
+
+def services(request: web.Request) -> Services:
+    return request.app[SERVICES]

@@ -1,0 +1,65 @@
+"""Routes of the swarm: what others have, who they are, and questions that any of them may answer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+
+from daemon.api import body, chat, sse, views
+from daemon.api.models import answer_whole
+from daemon.api.services import Services, services
+from daemon.engine.interface import ChatRequest
+from daemon.errors import UsageError
+from registry import codes
+from registry.address import parse_address
+from registry.errors import Malformed
+
+ENVELOPE = 16 * 1024  # bytes; an envelope of 8 KiB in base64, with its signatures
+
+
+async def list_models(request: web.Request) -> web.StreamResponse:
+    return web.json_response(views.swarm_models(services(request)))
+
+
+async def list_peers(request: web.Request) -> web.StreamResponse:
+    known = services(request)
+    return web.json_response([views.peer(known, item) for item in known.peers.peers()])
+
+
+async def register(request: web.Request) -> web.StreamResponse:
+    """Take an announcement; the envelope carries its own proof and its bytes are read by registry/announcement.py."""
+    said = await services(request).announcer.receive(await body.read(request, ENVELOPE))
+    return web.json_response({"node": said.node, "models": len(said.offers), "expires": views.iso(said.expires)})
+
+
+async def join(request: web.Request) -> web.StreamResponse:
+    fields = await body.fields(request)
+    text = fields.required_text("address")
+    fields.done()
+    try:
+        address = parse_address(text)
+    except Malformed as error:
+        raise UsageError("address", str(error), "copy it from another node's `swarmctl status`") from error
+    known = services(request)
+    return web.json_response(views.peer(known, await known.announcer.join(address)))
+
+
+async def relay_chat(request: web.Request) -> web.StreamResponse:
+    fields = await body.fields(request, body.CHAT)
+    wanted, stream, asked = fields.text("modelId"), fields.flag("stream"), chat.own_request(fields)
+    fields.done()
+    known = services(request)
+    if stream:
+        return await sse.stream(request, _events(known, wanted, asked))
+    return web.json_response(await answer_whole(known, wanted, asked))
+
+
+async def _events(known: Services, wanted: str | None, asked: ChatRequest) -> AsyncIterator[sse.Event]:
+    """Who answers, then the text as it comes, then how it ended."""
+    async with chat.asking(known.answers, wanted, asked) as (reply, texts):
+        answer = reply.answer
+        yield {"answered_by": answer.answered_by, "code": codes.short(answer.code), "name": answer.name}
+        async for text in texts:
+            yield {"text": text}
+    yield {"finish_reason": reply.finish, "usage": reply.counted(), **reply.figures()}
