@@ -7,6 +7,7 @@ that ends in /p2p/ID is taken too; its node key is then not known (`node` is emp
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from urllib.parse import parse_qsl, quote
 
 from registry import endpoints
@@ -63,6 +64,26 @@ def check_endpoints(address: Address) -> Address:
         if len(set(values)) != len(values):
             raise Malformed("an endpoint is there twice")
     return checked
+
+
+def usable(address: Address) -> Address:
+    """The address without the endpoints that no other node would take; for what the backends say about themselves."""
+    return Address(
+        address.node,
+        _parsing(endpoints.multiaddr, address.ipfs),
+        _parsing(endpoints.host_port, address.bittorrent),
+        _parsing(endpoints.base_url, address.http),
+    )
+
+
+def _parsing(parse: Callable[[str], str], values: tuple[str, ...]) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for value in values:
+        try:
+            found[parse(value)] = None
+        except Malformed:
+            continue
+    return tuple(found)
 
 
 def _fields(query: str) -> list[tuple[str, str]]:
