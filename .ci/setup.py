@@ -260,7 +260,7 @@ def build_llama(lane: Lane, arguments: list[str], model: threading.Event) -> Non
 
 
 def kubo(lane: Lane) -> None:
-    lane.say("on PATH, in the cache, or to be fetched or built")
+    lane.say("0.43 or newer, from PATH, the cache, the official release or Go")
     lane.must([sys.executable, "-m", "daemon.ipfs.install", "--cache", str(CACHE / "kubo")], progress=r"^\[ *\d+ s\] (.*)")
 
 
