@@ -1,17 +1,16 @@
 """The short codes of models: base32 (RFC 4648, lower case, no padding) of a digest, like git's short hashes.
 
 A model's code comes from its v2 infohash; where only the CID is known, from the CID's digest. Both resolve. A code is shown
-with 7 characters; any longer prefix names the same model, and one that several models share is an error that lists them.
+with 7 characters and any longer prefix names the same model; one that several models share is settled in registry/routing.py.
 """
 
 from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable
 
 from registry.cid import parse_cid
-from registry.errors import AmbiguousCode, Malformed, shown
+from registry.errors import Malformed, shown
 
 SHORT = 7
 FULL = 52  # base32 characters of 32 bytes
@@ -54,15 +53,6 @@ def normalise(text: str) -> str:
     if not _CODE.fullmatch(code):
         raise Malformed(f"not a code: {shown(text)}; a code has {SHORT} to {FULL} letters a-z and digits 2-7")
     return code
-
-
-def match(prefix: str, codes: Iterable[str]) -> str | None:
-    """The one full code that starts with `prefix`, or None. Raises `AmbiguousCode` with the candidates, sorted."""
-    prefix = normalise(prefix)
-    found = sorted({code for code in codes if code.startswith(prefix)})
-    if len(found) > 1:
-        raise AmbiguousCode(prefix, tuple(found))
-    return found[0] if found else None
 
 
 def _bare(text: str) -> str:

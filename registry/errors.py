@@ -3,7 +3,7 @@
     ValueError
     ├── Malformed          it does not parse, or breaks a ceiling
     ├── Stale              it parses and verifies, but its time is over (or not yet there)
-    ├── AmbiguousCode      a code that several models share
+    ├── AmbiguousRef       a code or name that several models share
     └── NotVerified        a signature or digest is wrong
         └── CouldNotCheck  nothing is known to be wrong, but it could not be checked (never treated as right)
 
@@ -29,12 +29,11 @@ class CouldNotCheck(NotVerified):
     """The check itself was impossible: an unknown algorithm, missing evidence."""
 
 
-class AmbiguousCode(ValueError):
-    """Several models have this code; `candidates` are their full codes."""
+class AmbiguousRef(ValueError):
+    """Several models are meant by one code or name; `candidates` are full codes, one for each."""
 
-    def __init__(self, code: str, candidates: tuple[str, ...]) -> None:
-        super().__init__(f"#{code} is the code of {len(candidates)} models")
-        self.code = code
+    def __init__(self, text: str, candidates: tuple[str, ...]) -> None:
+        super().__init__(f"{shown(text)} means {len(candidates)} models")
         self.candidates = candidates
 
 

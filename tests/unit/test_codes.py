@@ -5,11 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.cid import Cid
-from registry.codes import code_of_cid, code_of_infohash_v2, codes_of, is_code, match, normalise, short
-from registry.errors import AmbiguousCode, Malformed
+from registry.codes import code_of_cid, code_of_infohash_v2, codes_of, is_code, normalise, short
+from registry.errors import Malformed
 
 DIGESTS = st.binary(min_size=32, max_size=32)
-FULL_CODES = st.text("abcdefghijklmnopqrstuvwxyz234567", min_size=52, max_size=52)
 
 
 def test_known_codes() -> None:
@@ -47,18 +46,3 @@ def test_what_is_no_code_is_malformed(text: str) -> None:
 def test_only_a_v2_infohash_has_a_code(infohash: str) -> None:
     with pytest.raises(Malformed):
         code_of_infohash_v2(infohash)
-
-
-@given(code=FULL_CODES, length=st.integers(7, 52))
-def test_any_longer_prefix_works(code: str, length: int) -> None:
-    assert match("#" + code[:length].upper(), [code, "a2" * 26 if code[0] != "a" else "b2" * 26]) == code
-
-
-def test_an_ambiguous_code_lists_its_candidates() -> None:
-    one, two = "abcdefg" + "2" * 45, "abcdefg" + "3" * 45
-    with pytest.raises(AmbiguousCode, match="2 models") as caught:
-        match("#ABCdefg", [two, one, one])
-    assert caught.value.candidates == (one, two) and caught.value.code == "abcdefg"
-    assert match("abcdefg2", [one, two]) == one
-    assert match(one, [one, one]) == one
-    assert match("abcdefh", [one, two]) is None
