@@ -1,0 +1,294 @@
+"""Our own Kubo: a child process with a repository under the data folder, started, watched and stopped.
+
+What its configuration promises (kubo docs/config.md):
+
+- `loopback`: one TCP listener on 127.0.0.1; no DHT, bootstrap, mDNS, relays, UPnP; every other address is filtered, also to dial.
+- `lan`: no DHT and no bootstrap; peers by mDNS; every address outside private ranges is filtered.
+- `public`: Kubo's own defaults for routing, relays and hole punching.
+- Everywhere: RPC on a unix socket in a folder that only we may enter, no gateway port, telemetry off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import stat
+import tempfile
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+from pathlib import Path
+from typing import Any
+
+from daemon import orphan
+from daemon.config import Network
+from daemon.errors import Unavailable, UsageError
+from daemon.ipfs.rpc import Rpc
+
+_SOCKET_PATH_LIMIT = 103  # bytes; sun_path has 104 on macOS and 108 on Linux, the last one is a NUL
+_LOCK_WAIT_S = 5.0  # a child whose daemon was killed needs a moment to die
+_READY_S = 30.0
+_POLL_S = 0.02
+_STOP_S = 3.5
+_MAX_LOG = 4 << 20  # bytes; a longer log starts anew with the child
+_HINT = "logs/kubo.log says more; swarmctl doctor checks the set-up"
+
+_LOOPBACK = ("127.0.0.0/8",)
+_PRIVATE = (*_LOOPBACK, "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "::1/128", "fc00::/7", "fe80::/10")
+
+
+class KuboProcess:
+    """One life of Kubo: `start()`, then `wait()` for its end or `stop()` it. A supervisor makes a new one for the next life."""
+
+    def __init__(self, binary: Path, repo: Path, *, network: Network, port: int, max_connections: int, log: Path) -> None:
+        self._binary = binary
+        self._repo = repo.resolve()
+        self._network: Network = network
+        self._port = port
+        self._max_connections = max_connections
+        self._log = log
+        self._socket = _socket_path(self._repo)
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def api(self) -> str:
+        """The multiaddr of the RPC."""
+        return f"/unix{self._socket}"
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    async def start(self) -> None:
+        """Returns when the RPC answers. Raises `Unavailable` with Kubo's last word when it does not come up."""
+        try:
+            await asyncio.to_thread(self._prepare_folders)
+            if not (self._repo / "config").exists():
+                await self._init()
+            await self._wait_for_lock()
+            await asyncio.to_thread(self._configure)
+            log_start = await self._spawn()
+            await self._until_ready(log_start)
+        except OSError as error:
+            await self.stop()
+            raise Unavailable("Kubo", f"it cannot be started: {error.strerror or error}", _HINT) from error
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def wait(self) -> int:
+        """The exit code, when the child has ended; negative for a signal."""
+        if self._process is None:
+            raise Unavailable("Kubo", "it was not started", _HINT)
+        return await self._process.wait()
+
+    async def stop(self) -> None:
+        """Ends the child within about four seconds, first politely. Calling it again does nothing."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        process.terminate()
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await process.wait()
+        except TimeoutError:
+            # The group, because where the kernel has no death signal a watcher stands between us and Kubo.
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+    # -- the steps of a start -----------------------------------------------------------------------------------------
+
+    def _prepare_folders(self) -> None:
+        self._repo.parent.mkdir(parents=True, exist_ok=True)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        if self._log.exists() and self._log.stat().st_size > _MAX_LOG:
+            self._log.unlink()
+        if self._socket.parent != self._repo:
+            _private_folder(self._socket.parent)
+
+    async def _init(self) -> None:
+        """Made beside and renamed, so that a crash in the middle leaves no half repository."""
+        fresh = self._repo.with_name(self._repo.name + ".new")
+        await asyncio.to_thread(shutil.rmtree, fresh, ignore_errors=True)
+        profiles = "unixfs-v1-2025" if self._network == "public" else "test,unixfs-v1-2025"
+        process = await asyncio.create_subprocess_exec(
+            *orphan.command([str(self._binary), "init", f"--profile={profiles}"]), env=_environment(fresh),
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            output, _ = await process.communicate()
+        except asyncio.CancelledError:
+            process.kill()
+            await process.wait()
+            raise
+        if process.returncode != 0:
+            raise Unavailable("Kubo", f"its repository cannot be made: {_last_word(output, process.returncode)}", _HINT)
+        await asyncio.to_thread(self._adopt, fresh)
+
+    def _adopt(self, fresh: Path) -> None:
+        fresh.chmod(0o700)
+        fresh.replace(self._repo)
+
+    async def _wait_for_lock(self) -> None:
+        deadline = asyncio.get_running_loop().time() + _LOCK_WAIT_S
+        while await asyncio.to_thread(_is_locked, self._repo / "repo.lock"):
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unavailable("Kubo", "another process uses its repository", "stop that process, or use another --home")
+            await asyncio.sleep(0.1)
+
+    def _configure(self) -> None:
+        """The configuration is written anew for each life, so that a changed setting takes effect. Nobody holds the lock here."""
+        path = self._repo / "config"
+        try:
+            config = json.loads(path.read_bytes())
+            apply_settings(config, self._network, self._port, self._max_connections, self.api)
+        except (ValueError, TypeError, KeyError) as error:
+            raise Unavailable("Kubo", "the config of its repository is damaged", "move the folder ipfs away; it is made anew") from error
+        self._repo.chmod(0o700)
+        draft = path.with_suffix(".new")
+        draft.touch(mode=0o600)
+        draft.write_text(json.dumps(config, indent=2))
+        draft.replace(path)
+        # What a killed predecessor leaves; with its socket there Kubo ends with "address already in use".
+        for stale in (self._repo / "api", self._repo / "gateway", self._socket):
+            stale.unlink(missing_ok=True)
+
+    async def _spawn(self) -> int:
+        """Starts the daemon; returns where its part of the log begins."""
+        log = await asyncio.to_thread(os.open, self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            begin = os.fstat(log).st_size
+            # A session of its own: a Ctrl-C in the terminal is for us, who stop Kubo last.
+            self._process = await asyncio.create_subprocess_exec(
+                *orphan.command([str(self._binary), "daemon", "--migrate=true"]), env=_environment(self._repo),
+                stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        finally:
+            os.close(log)
+        return begin
+
+    async def _until_ready(self, log_start: int) -> None:
+        assert self._process is not None
+        ended = asyncio.create_task(self._process.wait())
+        ready = asyncio.create_task(self._answers())
+        try:
+            done, _ = await asyncio.wait({ended, ready}, timeout=_READY_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (ended, ready):
+                task.cancel()
+            await asyncio.gather(ended, ready, return_exceptions=True)
+        if ready in done:
+            return
+        if not done:
+            raise Unavailable("Kubo", f"it did not get ready within {_READY_S:.0f} s", _HINT)
+        output = await asyncio.to_thread(_tail, self._log, log_start)
+        raise Unavailable("Kubo", f"it ended while starting: {_last_word(output, ended.result())}", _HINT)
+
+    async def _answers(self) -> None:
+        async with Rpc(self.api) as rpc:
+            while True:
+                await asyncio.sleep(_POLL_S)
+                try:
+                    await rpc.call("id", timeout_s=2.0)
+                    return
+                except (Unavailable, TimeoutError):
+                    continue  # not yet; the end of the process or the deadline is what ends this
+
+
+def apply_settings(config: dict[str, Any], network: Network, port: int, max_connections: int, api: str) -> None:
+    """Changes Kubo's own configuration in place. Keys that are not named here keep Kubo's defaults."""
+    if max_connections < 2:
+        raise UsageError("ipfs.max_connections", f"{max_connections} is too few", "use at least 2")
+    config["Addresses"].update(API=[api], Gateway=[], Swarm=_listeners(network, port))
+    config["Pubsub"].update(Enabled=True)
+    config["Experimental"].update(FilestoreEnabled=True, Libp2pStreamMounting=True)
+    config["Internal"]["ShutdownTimeout"] = "3s"
+    swarm = config["Swarm"]
+    swarm["ConnMgr"] = {"Type": "basic", "LowWater": max_connections * 2 // 3, "HighWater": max_connections, "GracePeriod": "20s"}
+    public = network == "public"
+    swarm["AddrFilters"] = [] if public else [f"/ip{n.version}/{n.network_address}/ipcidr/{n.prefixlen}" for n in _outside(network)]
+    swarm["DisableNatPortMap"] = not public
+    swarm["RelayClient"], swarm["RelayService"] = ({}, {}) if public else ({"Enabled": False}, {"Enabled": False})
+    swarm["EnableHolePunching"] = public
+    config["AutoNAT"] = {} if public else {"ServiceMode": "disabled"}
+    config["AutoConf"] = {"Enabled": public}
+    config["AutoTLS"] = {} if public else {"Enabled": False}
+    config["HTTPRetrieval"] = {} if public else {"Enabled": False}
+    config["Discovery"]["MDNS"]["Enabled"] = network != "loopback"
+    config["Bootstrap"] = ["auto"] if public else []
+    config["Routing"]["Type"] = "auto" if public else "none"
+    if public:
+        config["Provide"].update(Enabled=True, Strategy="pinned+mfs+entities")
+    else:
+        config["Provide"].update(Enabled=False)
+        config["DNS"]["Resolvers"], config["Routing"]["DelegatedRouters"], config["Ipns"]["DelegatedPublishers"] = {}, [], []
+
+
+def _listeners(network: Network, port: int) -> list[str]:
+    if network == "loopback":
+        return [f"/ip4/127.0.0.1/tcp/{port}"]
+    return [f"/ip4/0.0.0.0/tcp/{port}", f"/ip6/::/tcp/{port}", f"/ip4/0.0.0.0/udp/{port}/quic-v1", f"/ip6/::/udp/{port}/quic-v1"]
+
+
+def _outside(network: Network) -> list[IPv4Network | IPv6Network]:
+    """Every address that a network of this kind must not reach, as few prefixes as possible."""
+    inside = [ip_network(text) for text in (_LOOPBACK if network == "loopback" else _PRIVATE)]
+    left4, left6 = [IPv4Network("0.0.0.0/0")], [IPv6Network("::/0")]
+    for kept in inside:
+        if isinstance(kept, IPv4Network):
+            left4 = [part for whole in left4 for part in (whole.address_exclude(kept) if kept.subnet_of(whole) else [whole])]
+        else:
+            left6 = [part for whole in left6 for part in (whole.address_exclude(kept) if kept.subnet_of(whole) else [whole])]
+    return [*collapse_addresses(left4), *collapse_addresses(left6)]
+
+
+def _socket_path(repo: Path) -> Path:
+    """In the repository, or where that path is too long for a socket, in a folder of ours under the system's temporary one."""
+    inside = repo / "rpc.sock"
+    if len(os.fsencode(inside)) <= _SOCKET_PATH_LIMIT:
+        return inside
+    mark = hashlib.sha256(os.fsencode(repo)).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"swarmctl-{os.getuid()}-{mark}" / "rpc.sock"
+
+
+def _private_folder(folder: Path) -> None:
+    """Anybody may have made a folder of that name in a shared place: it must be ours, no link, and closed to others."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise Unavailable("Kubo", f"{folder} is not a private folder of ours", "remove it, or use a --home with a shorter path")
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds Kubo's lock (go4.org/lock: a POSIX record lock on the whole file)."""
+    try:
+        with path.open("r+b") as handle:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except (BlockingIOError, PermissionError):
+        return True
+    return False
+
+
+def _environment(repo: Path) -> dict[str, str]:
+    # What somebody exported for a Kubo of their own must not change ours.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("IPFS_", "LIBP2P_", "GOLOG_", "KUBO_"))}
+    return {**kept, "IPFS_PATH": str(repo), "IPFS_TELEMETRY": "off"}
+
+
+def _tail(log: Path, start: int) -> bytes:
+    with log.open("rb") as handle:
+        handle.seek(max(start, handle.seek(0, os.SEEK_END) - 16384))
+        return handle.read()
+
+
+def _last_word(output: bytes, code: int | None) -> str:
+    """The line that tells why: Kubo's own `Error:`, else the last one."""
+    lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("Error:").strip() for line in lines if line.startswith("Error:")]
+    told = (errors or lines or [""])[-1][:300]
+    return "".join(c for c in told if c.isprintable()) or f"exit code {code}"
