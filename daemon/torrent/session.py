@@ -1,0 +1,525 @@
+"""The BitTorrent session: the only file that knows libtorrent.
+
+libtorrent's type stubs disagree with its code, so what goes in and out is `Any`; every value that leaves this file is a plain one.
+Three traps decide its shape. Alerts die at the next `pop_alerts`, so they are read at once, on the loop, when libtorrent
+writes to a socket. Two nodes that both say "upload only" part at once (`close_redundant_connections`), so that setting is
+off while metadata or a download is wanted. A seed without `upload_mode` would write into the user's file when it is damaged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import libtorrent as lt
+
+from daemon.config import Network
+from daemon.errors import SwarmError, Unavailable, Unserved, VerificationError
+from daemon.torrent import metainfo, network
+from daemon.torrent.download import Download, disk_error
+
+log = logging.getLogger(__name__)
+
+_CLOSE_S = 0.7  # for libtorrent to let go of its torrents, before the session is dropped with what is left
+_LISTEN_S = 5.0
+_STATUS_S = 0.5
+_ASK_LAYERS_S = (0.02, 0.2)  # pause between two looks whether the piece layers have come: first, longest
+_LIMITS: Any = {"max_pieces": 1 << 20, "max_decode_depth": metainfo.MAX_DEPTH, "max_decode_tokens": metainfo.MAX_TOKENS}
+_WANTED, _UNWANTED = 4, 0  # piece priorities: libtorrent's default, and never
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Swarm:
+    """What is known of a torrent's swarm, this node not counted: connected and known peers, bytes per second."""
+
+    peers: int = 0  # connected, seeds included
+    seeds: int = 0  # connected
+    known_peers: int = 0
+    known_seeds: int = 0
+    download_rate: int = 0
+    upload_rate: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """A complete file that is given to whoever asks; it is never written to."""
+
+    infohash: str
+    infohash_v2: str
+    path: Path
+
+
+class _Listener(Protocol):
+    """Who is told of one torrent's events (see `Download`)."""
+
+    def on_checked(self, have: Sequence[bool]) -> None: ...
+    def on_piece(self, index: int) -> None: ...
+    def on_bad_piece(self, index: int) -> None: ...
+    def on_finished(self) -> None: ...
+    def on_flushed(self) -> None: ...
+    def on_error(self, error: SwarmError) -> None: ...
+
+
+class _Torrent:
+    """One torrent inside libtorrent, under all its infohashes."""
+
+    def __init__(self, session: TorrentSession, facts: metainfo.TorrentFacts | None, torrent: bytes | None) -> None:
+        self.facts = facts
+        self.torrent = torrent
+        self.seed: Seed | None = None
+        self.listener: _Listener | None = None
+        self.swarm = Swarm()
+        self.with_metadata: asyncio.Future[None] | None = None
+        self.resume_data: asyncio.Future[bytes | None] | None = None
+        self.removed: asyncio.Future[None] | None = None
+        self.handle: Any = None
+        self._session = session
+
+    @property
+    def peers(self) -> int:
+        return self.swarm.peers
+
+    @property
+    def seeds(self) -> int:
+        return self.swarm.seeds
+
+    @property
+    def rate(self) -> int:
+        return self.swarm.download_rate
+
+    def ask_peers(self, wanted: bool) -> None:
+        if wanted:
+            self.handle.unset_flags(lt.torrent_flags.upload_mode)
+        else:
+            self.handle.set_flags(lt.torrent_flags.upload_mode)
+
+    def connect(self, peers: Iterable[tuple[str, int]]) -> None:
+        for peer in network.addresses(peers):
+            self.handle.connect_peer(peer)
+
+    def add_piece(self, index: int, data: bytes) -> None:
+        self.handle.add_piece(index, data, 0)
+
+    def want(self, pieces: Iterable[int], wanted: bool) -> None:
+        self.handle.prioritize_pieces([(index, _WANTED if wanted else _UNWANTED) for index in pieces])
+
+    def flush(self) -> None:
+        self.handle.flush_cache()
+
+    async def remove(self) -> None:
+        await self._session._remove(self)
+
+    def fail(self, error: SwarmError) -> None:
+        if self.listener is not None:
+            self.listener.on_error(error)
+        for waiting in (self.with_metadata, self.resume_data):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(error)
+
+    def gone(self) -> None:
+        _resolve(self.removed, None)
+
+
+class TorrentSession:
+    """All torrents of this node. `port` is the TCP port that peers connect to. Rates are bytes per second, 0 is no limit."""
+
+    def __init__(self, network: Network, port: int, *, download_rate: int = 0, upload_rate: int = 0) -> None:
+        self._network: Network = network
+        self._wanted_port = port
+        self._rates = {"download_rate": download_rate, "upload_rate": upload_rate}
+        self._session: Any = None
+        self._port = 0
+        self._torrents: dict[str, _Torrent] = {}  # by v1 and by v2 infohash
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._listening: asyncio.Future[None] | None = None
+        self._closing = False
+        self._handlers = {getattr(lt, name): getattr(self, f"_on_{name}") for name in _ALERTS}
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen. Raises `Unavailable` when that is not possible; a port in use is replaced by another one, see `port`."""
+        loop = asyncio.get_running_loop()
+        reader, writer = self._sockets = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        self._listening = loop.create_future()
+        try:
+            self._session = await asyncio.to_thread(self._make)
+            loop.add_reader(reader.fileno(), self._on_alerts, reader)
+            self._session.set_alert_fd(writer.fileno())
+            async with asyncio.timeout(_LISTEN_S):
+                await self._listening
+        except TimeoutError as error:
+            await self.close()
+            raise Unavailable("BitTorrent", f"cannot listen on port {self._wanted_port}", "set torrent.port to another one") from error
+        except BaseException:
+            await self.close()
+            raise
+        self._port = int(self._session.listen_port())
+        if self._wanted_port not in (0, self._port):
+            log.warning("BitTorrent port %d is in use; listening on %d", self._wanted_port, self._port)
+        self._timer = loop.call_later(_STATUS_S, self._poll)
+
+    def _make(self) -> Any:
+        category = lt.alert_category
+        settings: Any = network.settings(self._network, self._wanted_port, **self._rates)
+        settings["alert_mask"] = int(category.error | category.status | category.storage | category.piece_progress)
+        session = lt.session(settings)
+        allowed = lt.ip_filter()
+        for first, last in network.everywhere():
+            allowed.add_rule(first, last, 1)
+        for first, last in network.allowed(self._network):
+            allowed.add_rule(first, last, 0)
+        session.set_ip_filter(allowed)
+        # libtorrent exempts local peers from rate limits by leaving them out of the global class. Here they are in both:
+        # in the global one for its limits, in the local one because it need not wait to be unchoked.
+        classes = lt.ip_filter()
+        everyone = 1 << int(session.global_peer_class_id)
+        for first, last in network.everywhere():
+            classes.add_rule(first, last, everyone)
+        for first, last in network.local():
+            classes.add_rule(first, last, everyone | 1 << int(session.local_peer_class_id))
+        session.set_peer_class_filter(classes)
+        return session
+
+    async def close(self) -> None:
+        """Leave all swarms and let go of all files, in about a second at most. Who still waits for a download gets
+        `Unavailable`. Idempotent."""
+        if self._closing:
+            return
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        torrents = list(dict.fromkeys(self._torrents.values()))
+        try:
+            for torrent in torrents:
+                torrent.fail(Unavailable("BitTorrent", "the session is closing"))
+            if leaving := [self._start_removal(torrent) for torrent in torrents]:
+                await asyncio.wait(leaving, timeout=_CLOSE_S)
+        finally:
+            dropped = asyncio.ensure_future(self._drop())
+            try:
+                await asyncio.shield(dropped)
+            except asyncio.CancelledError:
+                await dropped
+                raise
+
+    async def _drop(self) -> None:
+        last, self._session = [self._session], None
+        for torrent in self._torrents.values():
+            torrent.gone()
+        self._torrents.clear()
+        await asyncio.to_thread(last.clear)  # the destructor waits for the disk threads
+        # Only now: libtorrent would write its wake-ups into whatever gets the number of a closed socket.
+        if self._sockets is not None:
+            asyncio.get_running_loop().remove_reader(self._sockets[0].fileno())
+            for end in self._sockets:
+                end.close()
+
+    # -- torrents ---------------------------------------------------------------------------------------------------
+
+    async def seed(self, torrent: bytes, path: Path) -> Seed:
+        """Give a complete file to whoever asks, from where it is. It is never written to, even when it is damaged.
+
+        Seeding a file again changes nothing; from another path it moves there. Raises `VerificationError` when the torrent
+        is malformed or the file has another size, `Unavailable` when it is not there or the session is not running.
+        """
+        facts = await asyncio.to_thread(metainfo.parse, torrent)
+        try:
+            path, size = await asyncio.to_thread(_look_at, path)
+        except OSError as error:
+            raise disk_error(error.errno or 0, os.strerror(error.errno or 0)) from error
+        if size != facts.size:
+            raise VerificationError(path.name, f"has {size} bytes where its torrent says {facts.size}", "swarmctl fsck tells what changed")
+        known = self._torrents.get(facts.infohash_v2)
+        if known is not None and known.seed is not None and known.removed is None:
+            if known.seed.path == path:
+                return known.seed
+            await self._remove(known)
+        added = self._add(
+            _Torrent(self, facts, torrent), self._params(torrent, path), lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode
+        )
+        added.seed = Seed(facts.infohash, facts.infohash_v2, path)
+        return added.seed
+
+    async def forget(self, infohash_v2: str) -> None:
+        """Stop seeding; the file stays. Returns when libtorrent has let go of it. An unknown torrent is no error."""
+        known = self._torrents.get(infohash_v2)
+        if known is not None and known.seed is not None:
+            await self._remove(known)
+
+    async def download(self, torrent: bytes, folder: Path, filename: str, *, on_progress: Callable[[int], None] | None = None) -> Download:
+        """Begin to write `folder/filename`, with what lies there already after it has been hashed again.
+
+        `on_progress` gets the bytes verified so far, on the loop. Raises `VerificationError` for a malformed torrent,
+        `NoSpace` and `Unavailable`; also `Unavailable` while the same torrent is seeded or downloaded.
+        """
+        facts = await asyncio.to_thread(metainfo.parse, torrent)
+        try:
+            path = await asyncio.to_thread(_cut, folder / filename, facts.size)
+        except OSError as error:
+            raise disk_error(error.errno or 0, os.strerror(error.errno or 0)) from error
+        entry = _Torrent(self, facts, torrent)
+        entry.listener = download = Download(facts, entry, on_progress)
+        self._add(entry, self._params(torrent, path), lt.torrent_flags.upload_mode)
+        return download
+
+    async def metadata(self, infohash: str | None, infohash_v2: str | None, peers: Sequence[tuple[str, int]], deadline_s: float) -> bytes:
+        """The whole .torrent with its piece layers, from `peers` and whoever discovery finds. No payload is asked for.
+
+        Raises `Unserved` at the deadline, and at once where there is no discovery and no peer; `VerificationError` when
+        the torrent is not one that `metainfo.parse` accepts.
+        """
+        wanted = [name for name in (infohash, infohash_v2) if name]
+        for known in (self._torrents.get(name) for name in wanted):
+            if known is not None and known.torrent is not None:
+                return known.torrent
+        askable = network.addresses(peers)
+        unserved = Unserved("torrent", "no node that was asked has it", "join a node that has it, or try again later")
+        if not askable and self._network == "loopback":
+            raise unserved
+        try:
+            async with asyncio.timeout(deadline_s):
+                torrent = await self._ask(infohash, infohash_v2, askable)
+        except TimeoutError:
+            raise unserved from None
+        facts = await asyncio.to_thread(metainfo.parse, torrent)
+        if infohash not in (None, facts.infohash) or infohash_v2 not in (None, facts.infohash_v2):
+            raise VerificationError("torrent", "its v1 and v2 infohash are of different torrents", "check the magnet with whoever gave it")
+        return torrent
+
+    async def _ask(self, infohash: str | None, infohash_v2: str | None, peers: list[tuple[str, int]]) -> bytes:
+        params = lt.parse_magnet_uri(network.magnet(infohash, infohash_v2))
+        params.peers = peers
+        # Nothing is written in upload mode; a folder that does not exist keeps libtorrent from looking at anybody's files.
+        params.save_path = f"/nonexistent/{uuid.uuid4()}"
+        entry = _Torrent(self, None, None)
+        entry.with_metadata = asyncio.get_running_loop().create_future()
+        self._add(entry, params, lt.torrent_flags.upload_mode, [name for name in (infohash, infohash_v2) if name])
+        try:
+            await entry.with_metadata
+            hashes = entry.handle.info_hashes()
+            if infohash_v2 or not hashes.has_v2():
+                return await self._layers(entry)
+            infohash_v2 = str(hashes.v2)
+        finally:
+            await self._remove(entry)
+        # Peers that were met as v1 peers are never asked for v2 hashes: meet them again under both names.
+        return await self._ask(infohash, infohash_v2, peers)
+
+    async def _layers(self, entry: _Torrent) -> bytes:
+        # libtorrent asks peers for the piece layers by itself, but says nothing when they have come.
+        pause, longest = _ASK_LAYERS_S
+        while True:
+            if entry.removed is not None:
+                raise Unavailable("BitTorrent", "the session is closing")
+            entry.resume_data = asyncio.get_running_loop().create_future()
+            entry.handle.save_resume_data(lt.save_resume_flags_t.save_info_dict)
+            torrent = await entry.resume_data
+            if torrent is not None:
+                return torrent
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+
+    def seeds_and_peers(self, infohash_v2: str) -> tuple[int, int]:
+        """(seeders, peers) known of a torrent, peers with seeders, this node not counted; zeros for an unknown one."""
+        known = self._torrents.get(infohash_v2)
+        return (known.swarm.known_seeds, known.swarm.known_peers) if known is not None else (0, 0)
+
+    def status(self) -> dict[str, int]:
+        """`torrents`, connected `peers`, `download_rate` and `upload_rate` (payload, bytes per second); up to half a second old."""
+        swarms = [torrent.swarm for torrent in dict.fromkeys(self._torrents.values())]
+        return {
+            "torrents": len(swarms),
+            "peers": sum(swarm.peers for swarm in swarms),
+            "download_rate": sum(swarm.download_rate for swarm in swarms),
+            "upload_rate": sum(swarm.upload_rate for swarm in swarms),
+        }
+
+    # -- adding and removing ----------------------------------------------------------------------------------------
+
+    def _params(self, torrent: bytes, path: Path) -> Any:
+        try:
+            params = lt.load_torrent_buffer(torrent, _LIMITS)
+        except RuntimeError as error:
+            raise VerificationError("torrent", str(error), "get it from another source") from error
+        params.save_path = str(path.parent)
+        params.renamed_files = {0: str(path)}
+        return params
+
+    def _add(self, entry: _Torrent, params: Any, flags: int, hashes: Iterable[str] = ()) -> _Torrent:
+        if self._session is None or self._closing:
+            raise Unavailable("BitTorrent", "it is not running", "swarmctl status tells why")
+        hashes = (entry.facts.infohash, entry.facts.infohash_v2) if entry.facts else hashes
+        if any(name in self._torrents for name in hashes):
+            raise Unavailable("torrent", "it is in use already", "wait until the other transfer of it is done")
+        params.flags = lt.torrent_flags.update_subscribe | lt.torrent_flags.apply_ip_filter | flags
+        try:
+            entry.handle = self._session.add_torrent(params)
+        except RuntimeError as error:
+            raise VerificationError("torrent", str(error), "get it from another source") from error
+        self._torrents.update(dict.fromkeys(hashes, entry))
+        self._stay_connected()
+        return entry
+
+    async def _remove(self, entry: _Torrent) -> None:
+        if self._session is not None:
+            await asyncio.wait([self._start_removal(entry)])
+
+    def _start_removal(self, entry: _Torrent) -> asyncio.Future[None]:
+        if entry.removed is None:
+            entry.removed = asyncio.get_running_loop().create_future()
+            if entry in self._torrents.values():
+                self._session.remove_torrent(entry.handle)
+            else:
+                entry.gone()
+        return entry.removed
+
+    def _stay_connected(self) -> None:
+        """Seeds part from seeds to save connections; a node that wants metadata or a download stays with all of them."""
+        wanting = any(entry.seed is None and entry.removed is None for entry in self._torrents.values())
+        self._session.apply_settings({"close_redundant_connections": not wanting})
+
+    # -- alerts -----------------------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        if self._torrents:
+            self._session.post_torrent_updates(0)
+        self._timer = asyncio.get_running_loop().call_later(_STATUS_S, self._poll)
+
+    def _on_alerts(self, reader: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while reader.recv(4096):
+                pass
+        if self._session is None:
+            return
+        for alert in self._session.pop_alerts():
+            if handler := self._handlers.get(type(alert)):
+                handler(alert)
+
+    def _entry(self, hashes: Any) -> _Torrent | None:
+        return self._torrents.get(str(hashes.v2)) or self._torrents.get(str(hashes.v1))
+
+    def _on_listen_succeeded_alert(self, alert: Any) -> None:
+        if alert.socket_type == lt.socket_type_t.tcp and self._listening is not None and not self._listening.done():
+            self._listening.set_result(None)
+
+    def _on_torrent_checked_alert(self, alert: Any) -> None:
+        entry = self._entry(alert.handle.info_hashes())
+        if entry is not None and entry.listener is not None:
+            entry.listener.on_checked(list(alert.handle.status(lt.torrent_handle.query_pieces).pieces))
+
+    def _on_piece_finished_alert(self, alert: Any) -> None:
+        entry = self._entry(alert.handle.info_hashes())
+        if entry is not None and entry.listener is not None:
+            entry.listener.on_piece(int(alert.piece_index))
+
+    def _on_hash_failed_alert(self, alert: Any) -> None:
+        entry = self._entry(alert.handle.info_hashes())
+        if entry is not None and entry.listener is not None:
+            entry.listener.on_bad_piece(int(alert.piece_index))
+        elif entry is not None and entry.seed is not None:
+            log.warning("%s is damaged: piece %d has another hash; swarmctl fsck tells more", entry.seed.path.name, int(alert.piece_index))
+
+    def _on_torrent_finished_alert(self, alert: Any) -> None:
+        entry = self._entry(alert.handle.info_hashes())
+        if entry is not None and entry.listener is not None:
+            entry.listener.on_finished()
+
+    def _on_cache_flushed_alert(self, alert: Any) -> None:
+        entry = self._entry(alert.handle.info_hashes())
+        if entry is not None and entry.listener is not None:
+            entry.listener.on_flushed()
+
+    def _on_file_error_alert(self, alert: Any) -> None:
+        entry = self._entry(alert.handle.info_hashes())
+        if entry is None:
+            return
+        system = alert.error.category().name() in ("system", "generic")
+        error = disk_error(alert.error.value() if system else 0, alert.error.message())
+        if entry.seed is not None:
+            log.warning("%s cannot be seeded: %s", entry.seed.path.name, alert.error.message())
+        entry.fail(error)
+
+    _on_torrent_error_alert = _on_file_error_alert
+
+    def _on_metadata_received_alert(self, alert: Any) -> None:
+        entry = self._entry(alert.handle.info_hashes())
+        if entry is not None:
+            _resolve(entry.with_metadata, None)
+
+    def _on_save_resume_data_alert(self, alert: Any) -> None:
+        entry = self._entry(alert.handle.info_hashes())
+        if entry is not None:
+            try:
+                whole: Any = lt.write_torrent_file(alert.params)
+                torrent = bytes(lt.bencode(whole))
+            except RuntimeError:
+                torrent = None  # that is how libtorrent says that piece layers are missing
+            _resolve(entry.resume_data, torrent)
+
+    def _on_save_resume_data_failed_alert(self, alert: Any) -> None:
+        entry = self._entry(alert.handle.info_hashes())
+        if entry is not None:
+            _resolve(entry.resume_data, None)
+
+    def _on_torrent_removed_alert(self, alert: Any) -> None:
+        entry = self._entry(alert.info_hashes)
+        if entry is not None:
+            for name in [name for name, other in self._torrents.items() if other is entry]:
+                del self._torrents[name]
+            entry.gone()
+            self._stay_connected()
+
+    def _on_state_update_alert(self, alert: Any) -> None:
+        for status in alert.status:
+            entry = self._entry(status.info_hashes)
+            if entry is not None:
+                entry.swarm = Swarm(
+                    peers=int(status.num_peers), seeds=int(status.num_seeds), known_peers=int(status.list_peers),
+                    known_seeds=int(status.list_seeds), download_rate=int(status.download_payload_rate),
+                    upload_rate=int(status.upload_payload_rate),
+                )  # fmt: skip
+
+    def _on_alerts_dropped_alert(self, alert: Any) -> None:
+        # Nobody can tell any more what happened to which piece; a check of the files can.
+        for entry in dict.fromkeys(self._torrents.values()):
+            entry.fail(
+                Unavailable("BitTorrent", "this machine could not keep up with its events", "pull it again: it goes on where it was")
+            )
+
+
+_ALERTS = [name.removeprefix("_on_") for name in vars(TorrentSession) if name.startswith("_on_") and name.endswith("_alert")]
+
+
+def _resolve(future: asyncio.Future[_T] | None, value: _T) -> None:
+    if future is not None and not future.done():
+        future.set_result(value)
+
+
+def _look_at(path: Path) -> tuple[Path, int]:
+    """Absolute, because libtorrent takes a relative path as one below the folder it saves to; and the size in bytes."""
+    path = path.absolute()
+    return path, path.stat().st_size
+
+
+def _cut(path: Path, size: int) -> Path:
+    """What an earlier try wrote is at most `size` bytes long; libtorrent would leave more in place."""
+    if path.exists() and path.stat().st_size > size:
+        os.truncate(path, size)
+    return path.absolute()
