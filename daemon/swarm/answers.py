@@ -1,0 +1,182 @@
+"""Who answers a question: candidates in the order of the routing rule, tried until one gives the first piece of its answer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+import aiohttp
+
+from daemon.engine.interface import ChatRequest, Delta, Provider
+from daemon.errors import Ambiguous, BackendError, CallerError, InferenceError, NotFound, PeerError, SwarmError, Unserved, UsageError
+from daemon.ipfs.interface import IpfsNode
+from daemon.swarm.peers import PeerTable
+from daemon.swarm.relay import LocalModel, PeerProvider, close
+from registry import codes, routing
+from registry.errors import AmbiguousRef, Malformed
+from registry.records import Offer
+from registry.routing import Choice
+
+_log = logging.getLogger(__name__)
+
+CANDIDATES_TRIED = 5
+
+
+class Deltas:
+    """The rest of an answer. Leaving it early is `aclose()`, which cancels the generation where it runs."""
+
+    def __init__(self, first: Delta, rest: AsyncIterator[Delta], ended: Callable[[bool], None]) -> None:
+        self._first: Delta | None = first
+        self._rest = rest
+        self._ended = ended
+        self._finished = False
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._finished:
+            raise StopAsyncIteration
+        delta, self._first = self._first, None
+        if delta is None:
+            try:
+                delta = await anext(self._rest)
+            except (StopAsyncIteration, SwarmError) as error:
+                await self._end(well=False)
+                if isinstance(error, SwarmError):
+                    raise
+                raise InferenceError("answer", "it ended without saying how", "ask again") from None
+        if delta.finish is not None:
+            await self._end(well=True)
+        return delta
+
+    async def aclose(self) -> None:
+        """Idempotent. Says nothing about the node: whoever leaves early has their own reasons."""
+        self._finished = True
+        await close(self._rest)
+
+    async def _end(self, *, well: bool) -> None:
+        self._ended(well)
+        await self.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer that has begun. `answered_by` is a node key, `code` the short code of the model."""
+
+    answered_by: str
+    code: str
+    name: str
+    deltas: Deltas
+
+
+class Answers:
+    """`local` are the models served here; `http` is shared with the rest of the daemon; `clock` gives unix seconds."""
+
+    def __init__(
+        self,
+        table: PeerTable,
+        local: Callable[[], Sequence[LocalModel]],
+        *,
+        ipfs: Callable[[], IpfsNode | None],
+        http: aiohttp.ClientSession,
+        clock: Callable[[], float],
+    ) -> None:
+        self._table = table
+        self._local = local
+        self._ipfs = ipfs
+        self._http = http
+        self._clock = clock
+
+    async def open(self, model: str | None, request: ChatRequest) -> Answer:
+        """The first answer that begins. `model` is a code, CID, magnet or name; None leaves the choice to the routing rule.
+
+        Raises `NotFound`, `Ambiguous` or `UsageError` for `model`, `Unserved` when nobody answered (with each reason), and
+        what the caller must change (`UsageError`) when that is why nobody did.
+        """
+        local = {one.offer.cid: one for one in self._local()}
+        failures: list[tuple[Choice, SwarmError]] = []
+        for choice in self._serving(model, list(local.values())):
+            provider = self._provider(choice, local)
+            if provider is None:
+                continue
+            try:
+                return await self._begin(choice, provider, request)
+            except (CallerError, PeerError, BackendError) as error:
+                _log.info("%s did not answer: %s", _who(choice), error)
+                failures.append((choice, error))
+        raise _nobody(model, failures)
+
+    def _serving(self, model: str | None, local: Sequence[LocalModel]) -> list[Choice]:
+        """Whom to ask, best first; at least one."""
+        try:
+            found = routing.candidates(
+                self._table.offers(), wanted=model, local=[one.offer for one in local], stats=self._table.stats()
+            )
+        except AmbiguousRef as error:
+            raise Ambiguous(str(model), f"means several models: {', '.join(error.candidates)}", "use a longer code or the CID") from error
+        except Malformed as error:
+            raise UsageError(str(model), str(error), "use a code, a CID or a name") from error
+        if model is not None and not found:
+            raise NotFound(model, "no node that this one knows has it", "swarmctl models lists what there is; swarmctl join adds a node")
+        serving = [choice for choice in found if choice.offer.serving][:CANDIDATES_TRIED]
+        if not serving:
+            what = "model" if model is None else model
+            raise Unserved(what, "nobody serves it now" if model else "nobody serves any now", "swarmctl serve loads a model here")
+        return serving
+
+    def _provider(self, choice: Choice, local: dict[str, LocalModel]) -> Provider | None:
+        if choice.local:
+            here = local.get(choice.offer.cid)
+            return here.provider if here is not None else None
+        peer = self._table.peer(choice.offer.node)
+        if peer is None:
+            return None
+        return PeerProvider(peer, choice.offer.cid, ipfs=self._ipfs, http=self._http, clock=self._clock)
+
+    async def _begin(self, choice: Choice, provider: Provider, request: ChatRequest) -> Answer:
+        node = choice.offer.node
+        deltas = provider.chat(request)
+        began = time.monotonic()
+        try:
+            first = await anext(deltas, None)
+            if first is None:
+                raise Unserved("peer", "it ended its answer before it began")
+        except BaseException as error:
+            await close(deltas)
+            # What the caller did wrong, or a question that was given up, says nothing about the node.
+            if not choice.local and isinstance(error, PeerError | BackendError):
+                self._table.record(node, None, ok=False)
+            raise
+        latency = time.monotonic() - began
+
+        def ended(well: bool) -> None:
+            if not choice.local:
+                self._table.record(node, latency, ok=well)
+
+        return Answer(node, _code(choice.offer), choice.offer.name, Deltas(first, deltas, ended))
+
+
+def _code(offer: Offer) -> str:
+    return codes.short(codes.codes_of(offer.cid, offer.infohash_v2)[0])
+
+
+def _who(choice: Choice) -> str:
+    return "this node" if choice.local else choice.offer.node[:16]
+
+
+def _nobody(model: str | None, failures: Sequence[tuple[Choice, SwarmError]]) -> SwarmError:
+    """The one error for all that was tried: the caller's fault if it was, else who failed and why."""
+    for _, error in failures:
+        if isinstance(error, CallerError) and not isinstance(error, NotFound):
+            return error
+    if len(failures) == 1 and failures[0][0].local:
+        return failures[0][1]
+    reasons = "; ".join(_reason(choice, error) for choice, error in failures)
+    return Unserved(model or "question", reasons or "the nodes that serve it are not known any more", "try again, or serve it here")
+
+
+def _reason(choice: Choice, error: SwarmError) -> str:
+    return f"{_who(choice)}: {error.why}"

@@ -1,0 +1,44 @@
+"""Getting a connection to a peer: every known way at once, the first that works wins."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+from daemon.errors import SwarmError, Unserved
+from daemon.ipfs.interface import IpfsNode
+
+T = TypeVar("T")
+
+CONNECT_S = 5.0  # for one way to a peer
+_ADDRESSES_TRIED = 8
+
+
+async def first(ways: Iterable[Coroutine[Any, Any, T]]) -> T:
+    """What the first way to succeed returns; the others are cancelled.
+
+    Raises `Unserved` with every reason when all of them fail with a `SwarmError`; any other exception at once.
+    """
+    tasks = [asyncio.create_task(way) for way in ways]
+    reasons: list[str] = []
+    try:
+        for done in asyncio.as_completed(tasks):
+            try:
+                return await done
+            except SwarmError as error:
+                reasons.append(error.why)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    raise Unserved("peer", "; ".join(dict.fromkeys(reasons)) or "there is no way to it", "check that it runs, and its address")
+
+
+async def reach(node: IpfsNode, peer_id: str, addresses: Sequence[str]) -> None:
+    """Be connected to `peer_id` over libp2p. Raises `Unserved` when none of its addresses works, `Unavailable` without IPFS."""
+    if peer_id in await node.peers():
+        return
+    own = [address for address in addresses if address.endswith(f"/p2p/{peer_id}")][:_ADDRESSES_TRIED]
+    # Without any address the DHT may still know one.
+    await first(node.connect(address, deadline_s=CONNECT_S) for address in own or [f"/p2p/{peer_id}"])
