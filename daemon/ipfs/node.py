@@ -1,10 +1,6 @@
 """An IPFS node over the RPC of Kubo: the one implementation of `IpfsNode`.
 
-Unary calls go through `ipfshttpclient` on threads (one client per call: its sessions are not thread-safe); what it cannot do
-on a modern Kubo goes through daemon/ipfs/rpc.py.
-
-Ranges are read leaf by leaf, not by `cat?offset&length`: at the end of a range `cat` cancels the leaves that it had prefetched,
-Kubo's Bitswap loses the same leaves when the next range wants them at that moment, and the read hangs (seen).
+Unary calls go through `ipfshttpclient` (unary.py), what it cannot do on a modern Kubo through rpc.py, reads through reading.py.
 """
 
 from __future__ import annotations
@@ -13,36 +9,29 @@ import asyncio
 import contextlib
 import json
 import os
-import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from itertools import islice
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote_plus
 
-import ipfshttpclient
-
-from daemon.errors import BackendError, Bug, Unavailable, Unserved, UsageError, VerificationError
-from daemon.ipfs.dag import MAX_DEPTH, MAX_LEAF, MAX_LEAVES, Child, FileNode, Layout, Part, parse_file_node
+from daemon.errors import BackendError, Bug, Unavailable, Unserved, VerificationError
+from daemon.ipfs.dag import Child
 from daemon.ipfs.interface import PeerIdentity, PubsubMessage
 from daemon.ipfs.pubsub import read_message, topic_argument
-from daemon.ipfs.rpc import Rpc, RpcError, gone, refused
-from registry.cid import leaf_cid, parse_cid
-from registry.errors import Malformed
+from daemon.ipfs.reading import Reader
+from daemon.ipfs.rpc import UNARY_S, Rpc, RpcError, gone, refused
+from daemon.ipfs.unary import unary
+from registry.cid import leaf_cid
 
 T = TypeVar("T")
 
 # The profile unixfs-v1-2025 in full, because a configured node may have other defaults.
 _PROFILE = {"cid-version": 1, "raw-leaves": True, "chunker": "size-1048576", "max-file-links": 1024, "hash": "sha2-256", "trickle": False}
-_UNARY_S = 5.0  # ipfshttpclient's calls cannot be cancelled, so they must be short
 _ADD_S = 120.0  # Kubo is silent while it works through what it has read
 _READ = 4 << 20  # bytes read from a file at once
-_AHEAD = 4  # leaves in flight per range; 16 in all over four ranges were best on two cores
-_WALKERS = 8
 _BATCH = 512  # CIDs per call: they travel in the URL
-_LAYOUTS = 8
 _PEERINGS = 64  # peers that Kubo is told to hold on to; the oldest is let go
 _DIAL_S = 10.0
 _MAX_MESSAGE = 1 << 20  # Kubo drops larger ones without a word
@@ -57,7 +46,7 @@ class KuboNode:
     def __init__(self, rpc: Rpc, *, repo: Path | None) -> None:
         self._rpc = rpc
         self._home = repo.parent if repo is not None else None
-        self._layouts: OrderedDict[str, _Watched] = OrderedDict()
+        self._reader = Reader(rpc)
         self._peerings: OrderedDict[str, None] = OrderedDict()
         self._publishing = asyncio.Lock()
         self._tunnels = asyncio.Lock()
@@ -80,20 +69,7 @@ class KuboNode:
         return set(found["Keys"] or ())
 
     async def _unary(self, call: Callable[[Any], T]) -> T:
-        def run() -> T:
-            # `session=True` skips the version check, which knows no Kubo of this decade.
-            client = ipfshttpclient.Client(self._rpc.multiaddr, session=True, timeout=_UNARY_S)
-            try:
-                return call(client)
-            finally:
-                client.close()
-
-        try:
-            return await asyncio.to_thread(run)
-        except ipfshttpclient.exceptions.ErrorResponse as error:
-            raise refused("call", str(error.args[0] if error.args else error)) from error
-        except ipfshttpclient.exceptions.Error as error:
-            raise gone(error) from error
+        return await unary(self._rpc.multiaddr, call)
 
     # -- adding and forgetting ----------------------------------------------------------------------------------------
 
@@ -124,7 +100,7 @@ class KuboNode:
                 raise
             raise self._cannot_refer(path) from error
         cid = _final_hash(answer)
-        if self._home is None and await self._broken((await self._layout(cid, _UNARY_S, offline=True)).leaves[:1]):
+        if self._home is None and await self._broken((await self._reader.layout(cid, deadline_s=UNARY_S, offline=True)).leaves[:1]):
             await self.remove_in_place(cid)
             raise self._cannot_refer(path)
         return cid
@@ -145,9 +121,9 @@ class KuboNode:
         raise self._cannot_refer(path)
 
     async def remove_in_place(self, cid: str) -> None:
-        self._layouts.pop(cid, None)
+        self._reader.forget(cid)
         try:
-            layout = await self._layout(cid, _UNARY_S, offline=True)
+            layout = await self._reader.layout(cid, deadline_s=UNARY_S, offline=True)
         except (RpcError, Unserved):
             layout = None  # nothing of it is here, or not enough to find the rest
         try:
@@ -158,7 +134,7 @@ class KuboNode:
         await self.drop_blocks([cid] if layout is None else [*(leaf.cid for leaf in layout.leaves), *layout.nodes])
 
     async def broken_references(self, cid: str) -> list[str]:
-        return await self._broken((await self._layout(cid, _UNARY_S, offline=True)).leaves)
+        return await self._broken((await self._reader.layout(cid, deadline_s=UNARY_S, offline=True)).leaves)
 
     async def _broken(self, leaves: Sequence[Child]) -> list[str]:
         broken: list[str] = []
@@ -195,104 +171,16 @@ class KuboNode:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     async def read_bytes(self, cid: str, *, limit: int, deadline_s: float) -> bytes:
-        _checked(cid)
-        with _unserved(cid, deadline_s):
-            async with asyncio.timeout(deadline_s):
-                data = await self._rpc.read("cat", cid, timeout_s=None, limit=limit + 1, options={"length": limit + 1})
-        if len(data) > limit:
-            raise VerificationError(cid, f"it is larger than {limit} bytes", "check the reference with whoever gave it")
-        return data
+        return await self._reader.read_bytes(cid, limit=limit, deadline_s=deadline_s)
 
     async def size(self, cid: str, *, deadline_s: float) -> int:
-        with _unserved(cid, deadline_s):
-            async with asyncio.timeout(deadline_s):
-                return (await self._node(_checked(cid), offline=False)).size
+        return await self._reader.size(cid, deadline_s=deadline_s)
 
     async def leaves(self, cid: str, *, deadline_s: float) -> list[str]:
-        return [leaf.cid for leaf in (await self._layout(cid, deadline_s)).leaves]
+        return [leaf.cid for leaf in (await self._reader.layout(cid, deadline_s=deadline_s)).leaves]
 
-    async def read_range(self, cid: str, offset: int, length: int, *, stall_s: float) -> AsyncIterator[bytes]:
-        watched = self._watch(cid, await self._layout(cid, stall_s))
-        parts = watched.layout.parts(offset, length)
-        flying: deque[tuple[Part, asyncio.Task[bytes]]] = deque()
-
-        def launch(count: int) -> None:
-            flying.extend((part, asyncio.create_task(self._leaf(watched, part.leaf))) for part in islice(parts, count))
-
-        came = 0
-        try:
-            launch(_AHEAD)
-            while flying:
-                part, task = flying[0]
-                data = await watched.arrival(cid, task, stall_s)
-                flying.popleft()
-                launch(1)
-                came += part.take
-                yield data if part.take == len(data) else data[part.skip : part.skip + part.take]
-        finally:
-            for _, task in flying:
-                task.cancel()
-            await asyncio.gather(*(task for _, task in flying), return_exceptions=True)
-        if came != length:
-            raise Unserved(cid, f"it ends {length - came} bytes before the range does", "check the reference with whoever gave it")
-
-    async def _leaf(self, watched: _Watched, leaf: Child) -> bytes:
-        with _unserved(leaf.cid, 0):
-            data = await self._rpc.read("cat", leaf.cid, timeout_s=None, limit=MAX_LEAF)
-        if len(data) != leaf.size:
-            raise VerificationError(leaf.cid, "its size is not what the node above it says", "check the reference with whoever gave it")
-        watched.last_arrival = time.monotonic()
-        return data
-
-    def _watch(self, cid: str, layout: Layout) -> _Watched:
-        watched = self._layouts.setdefault(cid, _Watched(layout))
-        self._layouts.move_to_end(cid)
-        if len(self._layouts) > _LAYOUTS:
-            self._layouts.popitem(last=False)
-        return watched
-
-    async def _layout(self, cid: str, deadline_s: float, *, offline: bool = False) -> Layout:
-        """Raises `Unserved` at the deadline, `UsageError` when `cid` names no file."""
-        if (known := self._layouts.get(cid)) is not None:
-            return known.layout
-        with _unserved(cid, deadline_s):
-            async with asyncio.timeout(deadline_s):
-                layout = await self._walk(_checked(cid), offline=offline)
-        return self._watch(cid, layout).layout
-
-    async def _walk(self, root: Child, *, offline: bool) -> Layout:
-        """Level by level: in a balanced tree all leaves have one depth, which the first path down tells."""
-        top = await self._node(root, offline=offline)
-        level = [(root, top)]
-        nodes: list[str] = []
-        gate = asyncio.Semaphore(_WALKERS)
-
-        async def fetch(child: Child) -> tuple[Child, FileNode]:
-            async with gate:
-                return child, await self._node(child, offline=offline)
-
-        for _ in range(MAX_DEPTH):
-            if not level[0][1].children:
-                return _layout(top, [Child(child.cid, child.raw, node.size) for child, node in level], nodes)
-            nodes += [child.cid for child, _ in level]
-            below = [child for _, node in level for child in node.children]
-            if len(below) > MAX_LEAVES:
-                break
-            if below[0].raw or not (await fetch(below[0]))[1].children:
-                return _layout(top, below, nodes)
-            level = await asyncio.gather(*(fetch(child) for child in below))
-        raise UsageError(root.cid, "its tree is too large", "only files up to 1 TiB are taken")
-
-    async def _node(self, child: Child, *, offline: bool) -> FileNode:
-        options = {"offline": True} if offline else {}
-        if child.raw:
-            found = await self._rpc.call("block/stat", child.cid, timeout_s=None, options=options)
-            return FileNode(int(found["Size"]), ())
-        block = await self._rpc.read("block/get", child.cid, timeout_s=None, limit=MAX_LEAF, options=options)
-        try:
-            return await asyncio.to_thread(parse_file_node, block)
-        except Malformed as error:
-            raise UsageError(child.cid, str(error), "give the CID of one file") from error
+    def read_range(self, cid: str, offset: int, length: int, *, stall_s: float) -> AsyncIterator[bytes]:
+        return self._reader.read_range(cid, offset, length, stall_s=stall_s)
 
     # -- pubsub -------------------------------------------------------------------------------------------------------
 
@@ -385,48 +273,6 @@ class KuboNode:
             return await call
         except TimeoutError as error:
             raise gone(error) from error
-
-
-class _Watched:
-    """A file that is being read, and when the last leaf of it came, whichever read had asked for it."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.last_arrival = 0.0
-
-    async def arrival(self, cid: str, task: asyncio.Task[bytes], stall_s: float) -> bytes:
-        """Waits for one leaf as long as *any* leaf of the file comes: on a slow link many leaves share the line."""
-        began = time.monotonic()
-        while (left := max(began, self.last_arrival) + stall_s - time.monotonic()) > 0:
-            done, _ = await asyncio.wait({task}, timeout=left)
-            if done:
-                return task.result()
-        raise Unserved(cid, f"no byte came for {stall_s:g} s", "the download can be resumed")
-
-
-def _layout(top: FileNode, leaves: Sequence[Child], nodes: Sequence[str]) -> Layout:
-    if any(leaf.size > MAX_LEAF for leaf in leaves) or sum(leaf.size for leaf in leaves) != top.size:
-        raise UsageError("IPFS", "the file has a layout that is not supported", "ask for a CID made with Kubo's default layout")
-    return Layout(top.size, tuple(leaves), tuple(nodes))
-
-
-def _checked(cid: str) -> Child:
-    try:
-        parsed = parse_cid(cid)
-    except Malformed as error:
-        raise UsageError("CID", str(error), "check the reference") from error
-    return Child(parsed.canonical, parsed.codec == "raw", 0)
-
-
-@contextmanager
-def _unserved(cid: str, deadline_s: float) -> Iterator[None]:
-    """What goes wrong while reading a block is the fault of whoever should have it."""
-    try:
-        yield
-    except TimeoutError as error:
-        raise Unserved(cid, f"nobody gave it within {deadline_s:g} s", "join a node that has it") from error
-    except RpcError as error:
-        raise Unserved(cid, error.why, "join a node that has it") from error
 
 
 async def _body(head: bytes, path: Path, size: int, tail: bytes, on_bytes: Callable[[int], None] | None) -> AsyncIterator[bytes]:
