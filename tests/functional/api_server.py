@@ -1,0 +1,339 @@
+"""The API over a real socket with services that live in memory, for tests of HTTP and of the command line. They can misbehave.
+
+Run as a program it stands where `daemon.main` would: `api_server.py --home DIR` writes daemon.json and answers until it is stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from daemon.api.app import create_app
+from daemon.api.services import Services
+from daemon.engine.interface import ChatRequest, Delta, Served, ServeOptions, Usage
+from daemon.errors import Busy, InferenceError, NotFound, SwarmError, UsageError
+from registry import refs
+from registry.errors import Malformed
+from registry.records import Address, Announcement, GgufFacts, Identity, Model, Offer, Peer, Trust
+
+TOKEN = "t" * 32
+NODE = "ed25519:" + "ab" * 32
+OTHER = "ed25519:" + "cd" * 32
+CID = "bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi"
+CID2 = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
+MODEL = Model(
+    identity=Identity(100, "1" * 64, "2" * 64, CID, "3" * 40, "4" * 64),
+    name="tiny", facts=GgufFacts("llama"), added="2026-11-21T10:00:00Z", origin="published", signed_by=NODE,
+)  # fmt: skip
+EVIL_NAME = "evil\x1b[2J\u202egguf"
+
+
+@dataclass
+class FakeTransfer:
+    id: str
+    kind: str
+    ref: str
+    state: str = "resolving"
+    name: str = ""
+    size: int | None = 100
+    received: int = 0
+    sources: dict[str, int] = field(default_factory=lambda: {"ipfs": 0, "bittorrent": 0, "https": 0, "disk": 0})
+    rate: float = 0.0
+    peers: int = 0
+    notes: list[str] = field(default_factory=list)
+    error: SwarmError | None = None
+    model: Model | None = None
+    started: str = "2026-11-21T10:00:00Z"
+    finished: str | None = None
+
+
+class FakeLibrary:
+    def __init__(self) -> None:
+        self.held = [MODEL]
+
+    def models(self) -> list[Model]:
+        return list(self.held)
+
+    def find(self, text: str) -> Model:
+        try:
+            ref = refs.parse_ref(text)
+        except Malformed as error:
+            raise UsageError(text, str(error), "use a code") from error
+        for model in self.held:
+            if isinstance(ref, refs.NameRef) and ref.name == model.name:
+                return model
+            if isinstance(ref, refs.CidRef) and ref.cid == model.identity.cid:
+                return model
+            if isinstance(ref, refs.CodeRef) and "ir" in ref.code:  # the base32 of 0x44..
+                return model
+        raise NotFound(text, "no such model here", "swarmctl ls")
+
+    def path(self, model: Model) -> Path:
+        return Path("/store") / model.identity.filename
+
+    def trust(self, model: Model) -> Trust:
+        return "trusted"
+
+    async def remove(self, model: Model) -> None:
+        self.held.remove(model)
+
+    async def check(self, model: Model) -> Model:
+        checked = replace(model, quarantined="its bytes changed on disk") if model.name == "rotten" else model
+        self.held = [checked if held.identity == model.identity else held for held in self.held]
+        return checked
+
+
+class FakeTransfers:
+    """A ref says how its pull goes: `slow` waits until it is cancelled, `broken` fails, `note` notes, anything else is done."""
+
+    def __init__(self, home: Path | None) -> None:
+        self.known: dict[str, FakeTransfer] = {}
+        self.cancelled: list[str] = []
+        self._home = home
+        self._ended: dict[str, asyncio.Event] = {}
+
+    def begin(self, kind: str, ref: str, name: str) -> FakeTransfer:
+        transfer = FakeTransfer(f"{len(self.known):016x}", kind, ref, name=name)
+        self.known[transfer.id] = transfer
+        self._ended[transfer.id] = asyncio.Event()
+        return transfer
+
+    def pull(self, ref: str) -> FakeTransfer:
+        if ref == "nonsense!":
+            raise UsageError(ref, "not a reference", "use a code")
+        return self.begin("pull", ref, ref)
+
+    def publish(self, path: Path, *, name: str | None, license: str | None, source: str | None) -> FakeTransfer:
+        return self.begin("publish", str(path), name or path.stem)
+
+    def all(self) -> list[FakeTransfer]:
+        return list(self.known.values())
+
+    def get(self, transfer_id: str) -> FakeTransfer:
+        if transfer_id not in self.known:
+            raise NotFound(transfer_id, "no such transfer", "")
+        return self.known[transfer_id]
+
+    async def cancel(self, transfer_id: str) -> FakeTransfer:
+        transfer = self.get(transfer_id)
+        transfer.state = "cancelled"
+        self.cancelled.append(transfer_id)
+        if self._home is not None:
+            (self._home / "cancelled").write_text(transfer_id)
+        self._ended[transfer_id].set()
+        return transfer
+
+    async def watch(self, transfer_id: str) -> AsyncIterator[FakeTransfer]:
+        transfer = self.get(transfer_id)
+        yield transfer
+        transfer.state, transfer.received, transfer.sources["ipfs"] = "fetching", 50, 50
+        yield transfer
+        if transfer.name == "slow":
+            await self._ended[transfer_id].wait()
+        elif transfer.name == "broken":
+            transfer.state, transfer.error = "failed", UsageError("broken", "it is not a GGUF", "give another")
+        else:
+            if transfer.name == "note":
+                transfer.notes.append("it is unsigned\x1b[2J")
+            transfer.state, transfer.received, transfer.model = "done", 100, MODEL
+            transfer.sources["bittorrent"] = 50
+        yield transfer
+
+
+class FakeServing:
+    def __init__(self) -> None:
+        self.running: dict[str, Served] = {}
+
+    async def serve(self, model: Model, options: ServeOptions) -> Served:
+        served = Served(options.context or 4096, options.slots or 4, 4, os.getpid())
+        self.running[model.identity.blake3] = served
+        return served
+
+    async def stop(self, model: Model) -> bool:
+        return self.running.pop(model.identity.blake3, None) is not None
+
+    def served(self) -> dict[str, Served]:
+        return self.running
+
+
+class FakePeers:
+    def __init__(self) -> None:
+        self.rows = [Peer(OTHER, None, Address(OTHER, http=("http://127.0.0.1:9",)), 1, 1_900_000_000)]
+
+    def offers(self) -> list[Offer]:
+        return [
+            Offer(OTHER, CID, "3" * 40, "4" * 64, None, "tiny", 100, False, seeders=3, peers=1),
+            Offer(OTHER, CID2, None, None, None, EVIL_NAME, 7, True, free_slots=1),
+        ]
+
+    def peers(self) -> list[Peer]:
+        return list(self.rows)
+
+    def peer(self, node: str) -> Peer | None:
+        return next((row for row in self.rows if row.node == node), None)
+
+
+class FakeAnnouncer:
+    async def join(self, address: Address) -> Peer:
+        return Peer(address.node, None, address, 1, 1_900_000_000)
+
+    async def receive(self, envelope: bytes) -> Announcement:
+        document = json.loads(envelope)
+        return Announcement(document["node"], None, 1, 1_900_000_000, Address(document["node"]), (), ())
+
+
+@dataclass
+class FakeAnswer:
+    answered_by: str
+    code: str
+    name: str
+    deltas: AsyncIterator[Delta]
+
+
+class FakeAnswers:
+    """The last message says how the answer goes; by default its words come back."""
+
+    def __init__(self, home: Path | None) -> None:
+        self.requests: list[tuple[str | None, ChatRequest]] = []
+        self.closed = asyncio.Event()
+        self._home = home
+
+    async def open(self, model: str | None, request: ChatRequest) -> FakeAnswer:
+        if model == "nobody":
+            raise NotFound("nobody", "nobody serves it", "swarmctl models")
+        self.requests.append((model, request))
+        prompt = request.messages[-1]["content"]
+        if prompt == "busy":
+            raise Busy("tiny", "all slots are taken", "try again")
+        return FakeAnswer(OTHER, "abc2def" + "a" * 45, "tiny", self._deltas(prompt))
+
+    async def _deltas(self, prompt: str) -> AsyncIterator[Delta]:
+        try:
+            if prompt == "fail at once":
+                raise UsageError("prompt", "it does not fit", "send less")
+            if prompt == "bug":
+                raise RuntimeError("secret of the bug")
+            if prompt == "escape":
+                yield Delta("a\x1b")
+                yield Delta("]52;c;aGk=\x07\nb\u202ec")
+            elif prompt == "for ever":
+                while True:
+                    yield Delta("more ")
+                    await asyncio.sleep(0.01)
+            elif prompt == "flood":
+                while True:
+                    yield Delta("x" * 60_000)
+            else:
+                for word in prompt.split(" "):
+                    yield Delta(word + " ")
+            if prompt == "fail later":
+                raise InferenceError("tiny", "llama.cpp failed", "ask again")
+            if prompt != "cut off":
+                yield Delta(finish="stop", usage=Usage(3, 5))
+        finally:
+            if self._home is not None:
+                (self._home / "answer-closed").touch()
+            self.closed.set()
+
+
+@dataclass
+class FakeKey:
+    key: str
+    state: str
+    name: str
+
+
+class FakeTrust:
+    def __init__(self) -> None:
+        self.rows: dict[str, FakeKey] = {}
+
+    def entries(self) -> list[FakeKey]:
+        return list(self.rows.values())
+
+    async def set(self, key: str, state: str, name: str = "") -> FakeKey:
+        self.rows[key] = FakeKey(key, state, name)
+        return self.rows[key]
+
+    async def remove(self, key: str) -> FakeKey:
+        if key not in self.rows:
+            raise NotFound("key", "it is not known", "swarmctl trust list")
+        return self.rows.pop(key)
+
+
+class World:
+    """All services, and the address at which they are served."""
+
+    def __init__(self, home: Path | None = None) -> None:
+        self.library, self.serving, self.peers = FakeLibrary(), FakeServing(), FakePeers()
+        self.transfers, self.answers, self.trust = FakeTransfers(home), FakeAnswers(home), FakeTrust()
+        self.stopped = asyncio.Event()
+        self.url = ""
+
+    async def status(self) -> dict[str, Any]:
+        ipfs = {"enabled": False, "state": "off", "version": None, "pid": None, "peers": 0, "reason": None}
+        bittorrent = {"enabled": True, "state": "ready", "port": 1, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0}
+        return {
+            "state": "ready", "node": NODE, "peer_id": None, "addresses": ["swarmctl://" + "ab" * 32], "api": self.url, "network": "loopback",
+            "version": "0.1.0", "pid": os.getpid(), "started": "2026-11-21T10:00:00Z", "home": "/", "ipfs": ipfs, "bittorrent": bittorrent,
+            "models": 1, "serving": [], "transfers": 0,
+        }  # fmt: skip
+
+    def services(self) -> Services:
+        return Services(
+            library=self.library, pull=self.transfers.pull, publish=self.transfers.publish, transfers=self.transfers, serving=self.serving,
+            peers=self.peers, announcer=FakeAnnouncer(), answers=self.answers, trust=self.trust, status=self.status, stop=self.stopped.set,
+        )  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def running(world: World, token: str = TOKEN) -> AsyncIterator[str]:
+    """The URL of the API while the context lasts."""
+    runner = web.AppRunner(create_app(world.services(), token), handler_cancellation=True, shutdown_timeout=1)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        world.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        yield world.url
+    finally:
+        await runner.cleanup()
+
+
+async def serve(home: Path, flags: list[str]) -> None:
+    """As `daemon.main` does it: token, daemon.json, and gone when asked."""
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "flags.json").write_text(json.dumps(flags))
+    (home / "token").write_text(TOKEN + "\n")
+    world = World(home)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, world.stopped.set)
+    async with running(world) as url:
+        (home / "daemon.json").write_text(json.dumps({"url": url, "pid": os.getpid(), "version": "0.1.0"}))
+        await world.stopped.wait()
+        (home / "daemon.json").unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--home", type=Path)
+    known, flags = parser.parse_known_args()
+    if "--torrent-port" in flags:
+        print("error: torrent.port: 6881 is in use; choose another with --torrent-port", file=sys.stderr)
+        sys.exit(7)
+    if "--crash" in flags:
+        os.abort()
+    asyncio.run(serve(known.home, flags))
+
+
+if __name__ == "__main__":
+    main()

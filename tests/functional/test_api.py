@@ -1,0 +1,387 @@
+"""The HTTP API over real sockets: who is let in, what is refused, and OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from tests.functional.api_server import CID, CID2, MODEL, NODE, OTHER, TOKEN, World, running
+
+MESSAGES = [{"role": "user", "content": "one two three"}]
+
+
+@pytest.fixture
+async def world() -> World:
+    return World()
+
+
+@pytest.fixture
+async def api(world: World) -> AsyncIterator[aiohttp.ClientSession]:
+    async with running(world) as url, aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {TOKEN}"}) as session:
+        yield session
+
+
+@pytest.fixture
+async def ai(world: World) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with running(world) as url, openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0) as client:
+        yield client
+
+
+async def raw(world: World, data: bytes) -> tuple[int, bytes]:
+    """What comes back for bytes that no proper client would send."""
+    port = int(world.url.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(data.replace(b"PORT", str(port).encode()).replace(b"TOKEN", TOKEN.encode()))
+        answer = await reader.read(65536)
+    finally:
+        writer.close()
+        await writer.wait_closed()
+    return int(answer.split()[1]), answer
+
+
+async def sse(response: aiohttp.ClientResponse) -> list[Any]:
+    lines = (await response.text()).splitlines()
+    return [line[6:] if line[6:] == "[DONE]" else json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+
+
+# -- who is let in ------------------------------------------------------------------------------------------------------
+
+
+async def test_health_needs_no_token_and_everything_else_does(api: aiohttp.ClientSession, world: World) -> None:
+    async with aiohttp.ClientSession(world.url) as anybody:
+        assert (await anybody.get("/healthz")).status == 200
+        for path in ("/api/status", "/v1/models", "/metrics", "/no/such"):
+            assert (await anybody.get(path)).status == 401
+        for header in ("", "Bearer", f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN, "Bearer \udcff"):
+            answer = await anybody.get("/api/status", headers={"Authorization": header.encode("utf-8", "surrogateescape").decode("latin-1")})
+            assert answer.status == 401
+            assert (await answer.json())["error"]["code"] == 2
+    assert (await api.get("/api/status")).status == 200
+
+
+@pytest.mark.parametrize(
+    "hosts", [["evil.example"], ["evil.example:PORT"], ["127.0.0.1"], ["127.0.0.1:1"], ["0.0.0.0:PORT"], ["127.0.0.1:PORT", "evil"], []]
+)
+async def test_r18_only_a_loopback_host_with_our_port(api: aiohttp.ClientSession, world: World, hosts: list[str]) -> None:
+    lines = "".join(f"Host: {host}\r\n" for host in hosts)
+    status, _ = await raw(world, f"GET /healthz HTTP/1.1\r\n{lines}Connection: close\r\n\r\n".encode())
+    # aiohttp's own parser may refuse a request without one Host first.
+    assert status == 421 or (len(hosts) != 1 and status == 400)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "[::1]"])
+async def test_loopback_hosts_are_let_in(api: aiohttp.ClientSession, world: World, host: str) -> None:
+    status, _ = await raw(world, f"GET /healthz HTTP/1.1\r\nHost: {host}:PORT\r\nConnection: close\r\n\r\n".encode())
+    assert status == 200
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1", "https://localhost:1", ""])
+async def test_r19_a_foreign_origin_is_refused(api: aiohttp.ClientSession, origin: str) -> None:
+    answer = await api.get("/api/status", headers={"Origin": origin})
+    assert answer.status == 403
+    assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+async def test_our_own_origin_is_let_in(api: aiohttp.ClientSession, world: World) -> None:
+    assert (await api.get("/api/status", headers={"Origin": world.url})).status == 200
+
+
+async def test_r19_a_body_is_json_or_refused(api: aiohttp.ClientSession) -> None:
+    for headers in ({"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
+        assert (await api.post("/api/trust", data=b"{}", headers=headers)).status == 415
+        assert (await api.delete("/api/trust?key=x", data=b"{}", headers=headers)).status == 415
+
+
+async def test_r23_a_coded_body_is_refused(api: aiohttp.ClientSession) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert (await api.post("/api/trust", data=b"\x1f\x8b", headers=headers)).status == 415
+
+
+async def test_r20_nothing_of_kubo_is_passed_on(api: aiohttp.ClientSession, world: World) -> None:
+    for path in ("/api/v0/id", "/api/v0", "/api/v0/config/show"):
+        assert (await api.post(path)).status == 404
+    async with aiohttp.ClientSession(world.url) as anybody:
+        assert (await anybody.post("/api/v0/id")).status == 404
+
+
+async def test_r24_bodies_and_headers_have_ceilings(api: aiohttp.ClientSession, world: World) -> None:
+    headers = {"Content-Type": "application/json"}
+    assert (await api.post("/api/trust", data=b" " * 70_000, headers=headers)).status == 413
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(64):
+            yield b" " * 70_000
+
+    try:
+        assert (await api.post("/v1/chat/completions", data=chunks(), headers=headers)).status == 413
+    except aiohttp.ClientConnectionError:
+        pass  # the server closed while the client was still sending: refused as well
+    status, _ = await raw(world, b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nX: " + b"x" * 20_000 + b"\r\n\r\n")
+    assert status in (400, 431)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["[]", "1", "{", '{"key":1,"key":2}', '{"key": NaN}', '{"key": Infinity}', '{"key":"\\ud800"}', '{"a":' * 5000 + "1" + "}" * 5000, "\ufeff{}"],
+)
+async def test_r26_json_that_two_parsers_could_read_differently(api: aiohttp.ClientSession, body: str) -> None:
+    answer = await api.post("/api/trust", data=body.encode(), headers={"Content-Type": "application/json"})
+    assert answer.status == 400
+    assert (await answer.json())["error"]["code"] == 2
+
+
+async def test_unknown_routes_and_methods(api: aiohttp.ClientSession) -> None:
+    answer = await api.get("/no/such")
+    assert (answer.status, (await answer.json())["error"]["code"]) == (404, 3)
+    answer = await api.get("/api/stop")
+    assert (answer.status, answer.headers["Allow"]) == (405, "POST")
+    answer = await api.post("/v1/embeddings", json={})
+    assert (await answer.json())["error"]["type"] == "not_found_error"
+
+
+# -- our own routes -----------------------------------------------------------------------------------------------------
+
+
+async def test_lists(api: aiohttp.ClientSession) -> None:
+    (model,) = await (await api.get("/api/ai/list")).json()
+    assert set(model) >= {
+        "name", "size", "code", "cid", "infohash", "infohash_v2", "magnet", "manifest", "blake3", "sha256", "path", "signed_by", "trust",
+        "serving", "seeders", "peers", "local", "state", "added",
+    }  # fmt: skip
+    assert (model["cid"], len(model["code"]), model["seeders"], model["serving"]) == (CID, 7, 3, False)
+    swarm = await (await api.get("/api/swarm/models")).json()
+    assert [(entry["cid"], entry["nodes"], entry["local"], entry["serving"]) for entry in swarm] == [(CID2, 1, False, True), (CID, 2, True, False)]
+    (peer,) = await (await api.get("/api/swarm/peers")).json()
+    assert (peer["node"], peer["models"], len(peer["serving"]), peer["expires"]) == (OTHER, 2, 1, "2030-03-17T17:46:40Z")
+
+
+async def test_publish_whole_and_streamed(api: aiohttp.ClientSession) -> None:
+    answer = await api.post("/api/ai/publish", json={"path": "/x/tiny.gguf"})
+    assert (answer.status, (await answer.json())["cid"]) == (201, CID)
+    events = await sse(await api.post("/api/ai/publish", json={"path": "/x/tiny.gguf"}, headers={"Accept": "text/event-stream"}))
+    assert [event["state"] for event in events] == ["resolving", "fetching", "done"]
+    assert events[-1]["model"]["cid"] == CID
+    answer = await api.post("/api/ai/publish", json={"path": "/x/broken.gguf"})
+    assert (answer.status, await answer.json()) == (400, {"error": {"code": 2, "message": "broken: it is not a GGUF", "hint": "give another"}})
+    assert (await api.post("/api/ai/publish", json={"path": "relative.gguf"})).status == 400
+
+
+@pytest.mark.parametrize("field", ["ref", "url", "magnetUri"])
+async def test_download_and_its_events(api: aiohttp.ClientSession, field: str) -> None:
+    answer = await api.post("/api/ai/download", json={field: "tiny"})
+    assert answer.status == 202
+    transfer = await answer.json()
+    events = await sse(await api.get(f"/api/transfers/{transfer['id']}/events"))
+    assert events[-1]["state"] == "done"
+    assert events[-1]["sources"] == {"ipfs": 50, "bittorrent": 50, "https": 0, "disk": 0}
+    assert [item["id"] for item in await (await api.get("/api/transfers")).json()] == [transfer["id"]]
+
+
+async def test_download_needs_exactly_one_ref(api: aiohttp.ClientSession) -> None:
+    for body in ({}, {"ref": "a", "url": "b"}, {"ref": ""}, {"ref": 1}, {"ref": "a", "x": 1}, {"ref": "nonsense!"}):
+        assert (await api.post("/api/ai/download", json=body)).status == 400
+
+
+async def test_who_stops_watching_a_pull_does_not_end_it(api: aiohttp.ClientSession, world: World) -> None:
+    transfer = await (await api.post("/api/ai/download", json={"ref": "slow"})).json()
+    watching = await api.get(f"/api/transfers/{transfer['id']}/events")
+    await watching.content.readline()
+    watching.close()
+    assert (await (await api.get(f"/api/transfers/{transfer['id']}")).json())["state"] != "cancelled"
+    cancelled = await (await api.delete(f"/api/transfers/{transfer['id']}")).json()
+    assert (cancelled["state"], world.transfers.cancelled) == ("cancelled", [transfer["id"]])
+    for path in ("/api/transfers/nope", "/api/transfers/nope/events"):
+        assert (await api.get(path)).status == 404
+
+
+async def test_serve_stop_and_remove(api: aiohttp.ClientSession) -> None:
+    served = await (await api.post("/api/ai/serve", json={"modelId": "tiny", "contextSize": 512})).json()
+    assert (served["serving"], served["context"], served["slots"]) == (True, 512, 4)
+    assert [m["id"] for m in (await (await api.get("/v1/models")).json())["data"]].count(served["code"]) == 1
+    stopped = await (await api.delete("/api/ai/serve", params={"modelId": CID})).json()
+    assert stopped["serving"] is False
+    removed = await (await api.delete("/api/ai/model", params={"modelId": "tiny"})).json()
+    assert removed["local"] is False
+    assert await (await api.get("/api/ai/list")).json() == []
+    assert (await api.delete("/api/ai/model", params={"modelId": "tiny"})).status == 404
+    assert (await api.delete("/api/ai/model")).status == 400
+    for bad in ({"contextSize": -1}, {"threads": 2**63}, {"gpuLayers": "all"}, {"slots": True}, {"surprise": 1}):
+        assert (await api.post("/api/ai/serve", json={"modelId": "tiny", **bad})).status == 400
+
+
+async def test_verify_and_fsck(api: aiohttp.ClientSession, world: World) -> None:
+    assert (await (await api.get("/api/ai/verify", params={"modelId": "tiny"})).json())["verified"] is True
+    world.library.held = [replace(MODEL, name="rotten")]
+    assert [model["state"] for model in await (await api.post("/api/fsck")).json()] == ["quarantined"]
+
+
+async def test_trust(api: aiohttp.ClientSession) -> None:
+    entry = {"key": NODE, "state": "trusted", "name": "me"}
+    assert await (await api.post("/api/trust", json=entry)).json() == entry
+    assert await (await api.get("/api/trust")).json() == [entry]
+    assert await (await api.delete("/api/trust", params={"key": NODE})).json() == entry
+    assert (await api.delete("/api/trust", params={"key": NODE})).status == 404
+
+
+async def test_join_and_register(api: aiohttp.ClientSession) -> None:
+    address = "swarmctl://" + "cd" * 32 + "?http=http://127.0.0.1:9"
+    assert (await (await api.post("/api/swarm/join", json={"address": address})).json())["node"] == OTHER
+    assert (await api.post("/api/swarm/join", json={"address": "nowhere"})).status == 400
+    assert (await (await api.post("/api/swarm/register", json={"node": OTHER})).json())["node"] == OTHER
+
+
+async def test_metrics(api: aiohttp.ClientSession) -> None:
+    await (await api.get("/no/such")).read()
+    text = await (await api.get("/metrics")).text()
+    assert "\nswarmctl_models 1\n" in text
+    assert '\nswarmctl_http_requests_total{status="404"} 1\n' in text
+
+
+async def test_stop(api: aiohttp.ClientSession, world: World) -> None:
+    assert (await api.post("/api/stop")).status == 202
+    assert world.stopped.is_set()
+
+
+async def test_chats_in_our_own_words(api: aiohttp.ClientSession) -> None:
+    whole = await (await api.post("/api/ai/chat", json={"modelId": "tiny", "messages": MESSAGES, "maxTokens": 9, "temperature": 0})).json()
+    assert (whole["content"], whole["answered_by"], whole["code"]) == ("one two three ", OTHER, "abc2def")
+    events = await sse(await api.post("/api/swarm/relay/chat", json={"messages": MESSAGES, "stream": True}))
+    assert events[0] == {"answered_by": OTHER, "code": "abc2def", "name": "tiny"}
+    assert "".join(event.get("text", "") for event in events) == "one two three "
+    assert (events[-1]["finish_reason"], events[-1]["usage"]["total_tokens"]) == ("stop", 8)
+    later = await sse(await api.post("/api/swarm/relay/chat", json={"messages": [{"role": "user", "content": "fail later"}], "stream": True}))
+    assert later[-1]["error"]["code"] == 7
+    cut = await api.post("/api/swarm/relay/chat", json={"messages": [{"role": "user", "content": "cut off"}]})
+    assert cut.status == 503
+
+
+# -- OpenAI's client ----------------------------------------------------------------------------------------------------
+
+
+async def test_openai_models(ai: openai.AsyncOpenAI, world: World) -> None:
+    world.serving.running[MODEL.identity.blake3] = await world.serving.serve(MODEL, world.serving.served().get("", None) or _options())
+    served = {model.id: model async for model in await ai.models.list()}
+    assert len(served) == 2
+    code = next(model.id for model in served.values() if model.model_dump()["cid"] == CID)
+    for name in (code, f"#{code}", CID, "tiny"):
+        assert (await ai.models.retrieve(name)).id == code
+    for name in ("nobody", "owner/model", "gpt-4o"):
+        with pytest.raises(openai.NotFoundError):
+            await ai.models.retrieve(name)
+
+
+def _options() -> Any:
+    from daemon.engine.interface import ServeOptions
+
+    return ServeOptions()
+
+
+async def test_openai_chat_whole(ai: openai.AsyncOpenAI, world: World) -> None:
+    answer = await ai.chat.completions.create(
+        model="tiny", messages=[{"role": "developer", "content": "be kind"}, {"role": "user", "content": [{"type": "text", "text": "one two"}]}],
+        max_tokens=9, temperature=0, stop="x", seed=1, user="me", metadata={"a": "b"}, store=False, n=1, logprobs=False, response_format={"type": "text"},
+    )  # fmt: skip
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("one two ", "stop")
+    assert (answer.model, answer.usage.total_tokens if answer.usage else None, answer.model_dump()["answered_by"]) == ("abc2def", 8, OTHER)
+    model, request = world.answers.requests[-1]
+    assert (model, request.max_tokens, request.temperature, request.stop, request.seed) == ("tiny", 9, 0.0, ("x",), 1)
+    assert [message["role"] for message in request.messages] == ["system", "user"]
+    # The client's own answer goes back as it came.
+    again = await ai.chat.completions.create(
+        model="tiny", messages=[answer.choices[0].message.model_dump(), {"role": "user", "content": "more"}]  # type: ignore[list-item]
+    )  # fmt: skip
+    assert again.choices[0].message.content == "more "
+
+
+@pytest.mark.parametrize("include_usage", [True, False])
+async def test_openai_chat_streamed(ai: openai.AsyncOpenAI, include_usage: bool) -> None:
+    options: Any = {"stream_options": {"include_usage": True}} if include_usage else {}
+    chunks = [chunk async for chunk in await ai.chat.completions.create(model="tiny", messages=MESSAGES, stream=True, **options)]  # type: ignore[call-overload]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == "one two three "
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert (chunks[-1].usage is not None) is include_usage
+    assert all(chunk.model_dump()["answered_by"] == OTHER for chunk in chunks)
+
+
+async def test_openai_errors(ai: openai.AsyncOpenAI, world: World) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key="wrong", max_retries=0) as stranger:
+        with pytest.raises(openai.AuthenticationError):
+            await stranger.models.list()
+    create = ai.chat.completions.create
+    with pytest.raises(openai.NotFoundError):
+        await create(model="nobody", messages=MESSAGES)  # type: ignore[arg-type]
+    with pytest.raises(openai.NotFoundError):
+        await create(model="nobody", messages=MESSAGES, stream=True)  # type: ignore[arg-type]
+    with pytest.raises(openai.BadRequestError):
+        await create(model="tiny", messages=MESSAGES, n=2)  # type: ignore[arg-type]
+    with pytest.raises(openai.BadRequestError):
+        await create(model="tiny", messages=[{"role": "user", "content": "fail at once"}], stream=True)
+    with pytest.raises(openai.RateLimitError):
+        await create(model="tiny", messages=[{"role": "user", "content": "busy"}])
+    with pytest.raises(openai.InternalServerError) as bug:
+        await create(model="tiny", messages=[{"role": "user", "content": "bug"}])
+    assert "secret" not in str(bug.value)
+
+
+@pytest.mark.parametrize("prompt", ["fail later", "cut off"])
+async def test_an_answer_that_fails_never_looks_finished(api: aiohttp.ClientSession, ai: openai.AsyncOpenAI, prompt: str) -> None:
+    messages: Any = [{"role": "user", "content": prompt}]
+    events = await sse(await api.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, "stream": True}))
+    assert set(events[-1]) == {"error"}
+    assert not any(choice["finish_reason"] for event in events[:-1] for choice in event["choices"])
+    with pytest.raises(openai.APIError):
+        async for _ in await ai.chat.completions.create(model="tiny", messages=messages, stream=True):
+            pass
+
+
+@pytest.mark.parametrize("prompt", ["for ever", "flood"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/swarm/relay/chat"])
+async def test_who_goes_away_cancels_the_generation(world: World, prompt: str, path: str) -> None:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], "stream": True}
+    async with running(world) as url, aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {TOKEN}"}) as session:
+        answer = await session.post(path, json={**body, "model": "tiny"} if path.startswith("/v1") else body)
+        await answer.content.readline()
+        assert not world.answers.closed.is_set()
+        answer.close()
+        async with asyncio.timeout(10):
+            await world.answers.closed.wait()
+
+
+async def test_r27_a_reader_that_stops_reading_is_cut_off(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.api.sse.WRITE_S", 0.2)
+    body = json.dumps({"messages": [{"role": "user", "content": "flood"}], "stream": True}).encode()
+    async with running(world) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]), limit=1024)
+        head = f"POST /api/swarm/relay/chat HTTP/1.1\r\nHost: {url[7:]}\r\nAuthorization: Bearer {TOKEN}\r\n"
+        writer.write(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        await reader.readline()
+        async with asyncio.timeout(10):
+            await world.answers.closed.wait()
+        writer.close()
+
+
+async def test_r27_a_body_that_does_not_come_is_given_up(api: aiohttp.ClientSession, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.api.body.ARRIVAL_S", 0.1)
+    head = "POST /api/trust HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nAuthorization: Bearer TOKEN\r\nContent-Type: application/json\r\n"
+    status, _ = await raw(world, f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    assert status == 408
+
+
+async def test_silence_is_filled(api: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.api.sse.FIRST_S", 0.05)
+    monkeypatch.setattr("daemon.api.sse.KEEPALIVE_S", 0.05)
+    transfer = await (await api.post("/api/ai/download", json={"ref": "slow"})).json()
+    watching = await api.get(f"/api/transfers/{transfer['id']}/events")
+    while not (line := await watching.content.readline()).startswith(b":"):
+        assert line
+    await (await api.delete(f"/api/transfers/{transfer['id']}")).read()
+    assert b'"cancelled"' in await watching.content.read()
