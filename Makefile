@@ -15,9 +15,8 @@ setup:  ## packages into .venv, Kubo and a small model into .cache (about five m
 	@$(PYTHON) .ci/setup.py
 
 # Empty where set-up took the Kubo that is on PATH: then the nodes find it there too.
-demo: export SWARMCTL_IPFS_BINARY = $(wildcard $(CURDIR)/.cache/kubo/ipfs)
 demo: setup  ## the main job on three nodes of this machine
-	@$(BIN)/python examples/demo.py
+	@SWARMCTL_IPFS_BINARY="$$(ls "$(CURDIR)/.cache/kubo/ipfs" 2>/dev/null)" $(BIN)/python examples/demo.py
 
 lint: setup
 	$(BIN)/ruff check
