@@ -84,7 +84,12 @@ class Config:
 # On one machine with several nodes nobody can own a port.
 _LOOPBACK_PORTS = {"api.port": 0, "ipfs.port": 0, "torrent.port": 0}
 _SECTIONS: dict[str, type] = {
-    "api": Api, "ipfs": Ipfs, "torrent": Torrent, "swarm": Swarm, "transfer": Transfer, "engine": Engine,
+    "api": Api,
+    "ipfs": Ipfs,
+    "torrent": Torrent,
+    "swarm": Swarm,
+    "transfer": Transfer,
+    "engine": Engine,
 }
 
 
@@ -198,7 +203,9 @@ def _check(config: Config) -> None:
         if not 0 <= port <= 65535:
             raise UsageError(name, f"{port} is not a port", "use 0 to 65535")
     if config.api.host not in ("127.0.0.1", "::1", "localhost"):
-        raise UsageError("api.host", f"{config.api.host} is not a loopback address", "put a reverse proxy in front to reach it from elsewhere")
+        raise UsageError(
+            "api.host", f"{config.api.host} is not a loopback address", "put a reverse proxy in front to reach it from elsewhere"
+        )
     if not config.ipfs.enabled and not config.torrent.enabled:
         raise UsageError("ipfs.enabled and torrent.enabled", "both are off", "a node needs one of them")
     if config.engine.slots < 1 or config.engine.context < 64:

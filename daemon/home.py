@@ -30,13 +30,17 @@ class Home:
             (self.path / "logs").mkdir(exist_ok=True)
             self._lock = os.open(self.path / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise Unavailable("data folder", f"cannot be used: {error.strerror}", "choose another with --home or mend its permissions") from error
+            raise Unavailable(
+                "data folder", f"cannot be used: {error.strerror}", "choose another with --home or mend its permissions"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
             self._lock = None
-            raise Unavailable("daemon", "another one runs on this data folder", "swarmctl status shows it; swarmctl down ends it") from error
+            raise Unavailable(
+                "daemon", "another one runs on this data folder", "swarmctl status shows it; swarmctl down ends it"
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:

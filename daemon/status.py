@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from daemon.config import Config
 from daemon.engine.serving import Serving
 from daemon.errors import SwarmError
 from daemon.ipfs.keeper import IpfsKeeper
+from daemon.supervise import Supervisor
 from daemon.swarm.announce import Announcer
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.library import Library
@@ -30,7 +30,7 @@ class Status:
         transfers: Transfers,
         serving: Serving,
         announcer: Announcer,
-        loops: Callable[[], dict[str, str]],
+        supervisor: Supervisor,
     ) -> None:
         self._config = config
         self._version = version
@@ -41,15 +41,16 @@ class Status:
         self._transfers = transfers
         self._serving = serving
         self._announcer = announcer
-        self._loops = loops
+        self._supervisor = supervisor
         self.api = ""  # known once the API listens
 
     async def read(self) -> dict[str, Any]:
         address = self._announcer.address()
         ipfs = await self._ipfs()
         served = self._serving.served()
+        troubles = {name: loop.error for name, loop in self._supervisor.state().items() if loop.state != "running"}
         return {
-            "state": "degraded" if ipfs["state"] == "down" or self._loops() else "ready",
+            "state": "degraded" if ipfs["state"] == "down" or troubles else "ready",
             "node": address.node,
             "peer_id": ipfs.pop("peer_id"),
             "addresses": [format_address(address)],
@@ -64,7 +65,7 @@ class Status:
             "models": len(self._library.models()),
             "serving": [codes.short(codes.code_of_infohash_v2(m.identity.infohash_v2)) for m in self._library.models() if m.identity.blake3 in served],
             "transfers": sum(transfer.state not in FINAL for transfer in self._transfers.all()),
-            "troubles": self._loops(),
+            "troubles": troubles,
         }  # fmt: skip
 
     async def _ipfs(self) -> dict[str, Any]:

@@ -58,6 +58,11 @@ class TrustBook:
             await self._ledger.call(Ledger.pin, name, signed_by)
             self._pins[name] = signed_by
 
+    def standing(self, key: str) -> Literal["trusted", "blocked"] | None:
+        """What the operator has said of a key, if anything."""
+        entry = self._keys.get(key)
+        return entry.state if entry is not None else None
+
     def entries(self) -> list[KeyEntry]:
         return sorted(self._keys.values(), key=lambda entry: entry.key)
 
@@ -69,7 +74,7 @@ class TrustBook:
             entry = KeyEntry(key, "blocked", name)
         else:
             raise UsageError("trust", f"{state!r} is not a state", "use trusted or blocked")
-        await self._ledger.call(Ledger.set_key, key, state, name)
+        await self._ledger.call(Ledger.set_key, key, entry.state, name)
         self._keys[key] = entry
         if name and state == "trusted":
             await self._ledger.call(Ledger.pin, name, key)

@@ -104,7 +104,11 @@ def tell(story: Story, a: Node, b: Node, c: Node, folder: Path) -> None:
     shutil.copyfile(MODEL, original)
     with story.step(a, f"publish {original.name}") as outcome:
         model = a.run("publish", str(original))
-        outcome += [f"CID       {model['cid']}", f"infohash  {model['infohash']}", f"code #{model['code']}, signed by {model['signed_by'][:16]}"]
+        outcome += [
+            f"CID       {model['cid']}",
+            f"infohash  {model['infohash']}",
+            f"code #{model['code']}, signed by {model['signed_by'][:16]}",
+        ]
     code = "#" + model["code"]
 
     with story.step(b, f"pull {code}") as outcome:

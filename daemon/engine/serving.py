@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from blake3 import blake3
 
-from daemon.engine.interface import Engine, Served, ServeOptions
+from daemon.engine.interface import Engine, Provider, Served, ServeOptions
 from daemon.errors import Refused
 from daemon.transfer.library import Library
 from registry.records import Model
@@ -54,7 +54,11 @@ class Serving:
     def served(self) -> dict[str, Served]:
         return self._engine.served()
 
-    def worker_gone(self, key: str) -> None:
+    def provider(self, model: Model) -> Provider:
+        """What answers for a served model. Raises `NotFound` when it is not served."""
+        return self._engine.provider(model.identity.blake3)
+
+    def worker_gone(self, key: str, reason: str) -> None:
         """The engine says that a worker died; nobody shall be sent here for its model any more."""
-        log.error("the worker of %s died; the model is no longer served", key)
+        log.error("the worker of %s died and the model is no longer served: %s", key, reason)
         self._on_change()

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Literal
 
 from daemon.config import Config
@@ -37,7 +36,16 @@ class IpfsKeeper:
         self.state: State = "starting" if config.ipfs.enabled else "off"
         self.reason = ""
         self.version = ""
+        self._fresh = asyncio.Event()
         self.settled = asyncio.Event()  # ready, or failed for the first time
+
+    async def next_node(self) -> IpfsNode:
+        """The node that comes up next (now, if nobody has asked about it yet)."""
+        await self._fresh.wait()
+        self._fresh.clear()
+        if self.node is None:
+            return await self.next_node()
+        return self.node
 
     @property
     def pid(self) -> int | None:
@@ -93,6 +101,7 @@ class IpfsKeeper:
         await self._on_ready(node)
         self.node, self.state, self.reason = node, "ready", ""
         self.settled.set()
+        self._fresh.set()
         await ended
 
     async def _leave(self) -> None:

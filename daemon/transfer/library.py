@@ -124,6 +124,15 @@ class Library:
             raise UsageError(text, str(error), "use a code, a CID, a magnet or a name") from error
         return [model for model in self.models() if _means(ref, model)]
 
+    async def small_object(self, cid: str) -> bytes | None:
+        """A manifest or .torrent of this node by its CID, for whoever cannot get it from IPFS."""
+        for record in self._records.values():
+            if record.envelope is not None and record.model.manifest == cid:
+                return record.envelope.encode()
+            if record.model.torrent == cid:
+                return await asyncio.to_thread(self._store.read_torrent, record.model.identity.blake3)
+        return None
+
     def usable(self, model: Model) -> Path:
         """The model's file, or `Refused` when it is quarantined or its publisher is."""
         if model.quarantined is not None:

@@ -79,7 +79,12 @@ class Publisher:
         if not self._library.sound(claims.identity.blake3):
             return None
         model = self._library.find(claims.identity.cid)
-        same = model.signed_by == self._name_of_key and model.name == claims.name and model.facts == claims.facts and model.source == claims.source
+        same = (
+            model.signed_by == self._name_of_key
+            and model.name == claims.name
+            and model.facts == claims.facts
+            and model.source == claims.source
+        )
         return model if same else None
 
 

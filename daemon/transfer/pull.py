@@ -20,7 +20,8 @@ from daemon.engine import gguf
 from daemon.errors import SwarmError, Unavailable, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.torrent import metainfo
-from daemon.torrent.session import Download, TorrentSession
+from daemon.torrent.download import Download
+from daemon.torrent.session import TorrentSession
 from daemon.transfer.identify import Identified, identify
 from daemon.transfer.library import Library
 from daemon.transfer.publish import Publisher, checked_name
@@ -123,7 +124,9 @@ class Puller:
         torrent = await self._resolver.published_torrent(plan)
         if torrent is None and self._torrents is not None and (plan.infohash or plan.infohash_v2):
             try:
-                torrent = await self._torrents.metadata(plan.infohash, plan.infohash_v2, self._bittorrent_peers(plan), deadline_s=_METADATA_S)
+                torrent = await self._torrents.metadata(
+                    plan.infohash, plan.infohash_v2, self._bittorrent_peers(plan), deadline_s=_METADATA_S
+                )
             except Unserved:
                 if plan.cid is None or self._ipfs() is None:
                     raise
@@ -165,7 +168,9 @@ class Puller:
         if plan.identity is not None and found != plan.identity:
             raise VerificationError(what, "its bytes are not what the signed manifest promises", "tell its publisher")
         if plan.infohash_v2 not in (None, found.infohash_v2):
-            raise VerificationError(what, "its bytes are not what its name in the torrent promises", "check the magnet with whoever gave it")
+            raise VerificationError(
+                what, "its bytes are not what its name in the torrent promises", "check the magnet with whoever gave it"
+            )
         # A bare CID of another layout was checked block by block; with a torrent beside it both must name the same bytes.
         if plan.torrent is not None and plan.cid not in (None, found.cid):
             raise VerificationError(what, "its torrent and its CID are of different bytes", "check the reference with whoever gave it")
@@ -181,7 +186,9 @@ class Puller:
             return
         node = self._ipfs()
         if plan.cid is None or node is None:
-            raise Unavailable(plan.name or plan.ref, "IPFS is not running and no torrent of it is known", "swarmctl doctor tells what is missing")
+            raise Unavailable(
+                plan.name or plan.ref, "IPFS is not running and no torrent of it is known", "swarmctl doctor tells what is missing"
+            )
         leaves = await node.leaves(plan.cid, deadline_s=self._patience.give_up)
         size = plan.size or 0
         ours = len(leaves) == max(1, -(-size // LEAF_SIZE))
@@ -255,7 +262,9 @@ class _Fetch:
                     return
                 await asyncio.sleep(0.5)
                 continue
-            source = IpfsSource(node, cid, self._sink, self._puller._limit, self._from_ipfs, stall_s=_PATIENCE * self._puller._patience.stall)
+            source = IpfsSource(
+                node, cid, self._sink, self._puller._limit, self._from_ipfs, stall_s=_PATIENCE * self._puller._patience.stall
+            )
             before = self._ipfs_bytes
             try:
                 await self._puller._connect(node, self._plan)
@@ -290,7 +299,9 @@ class _Fetch:
                 self._last_any = now
             if now - self._last_any > patience.give_up:
                 raise Unserved(
-                    self._plan.name or self._plan.ref, f"no source gave a byte for {patience.give_up:.0f} s", "pull it again later: it goes on where it was"
+                    self._plan.name or self._plan.ref,
+                    f"no source gave a byte for {patience.give_up:.0f} s",
+                    "pull it again later: it goes on where it was",
                 )
             if not self._join.is_set() and self._help_wanted(now):
                 self._join.set()

@@ -59,7 +59,9 @@ class Plan:
 
 
 class Resolver:
-    def __init__(self, objects: Objects, peers: PeerTable, trust: TrustBook, ipfs: Callable[[], IpfsNode | None], ipfs_enabled: bool) -> None:
+    def __init__(
+        self, objects: Objects, peers: PeerTable, trust: TrustBook, ipfs: Callable[[], IpfsNode | None], ipfs_enabled: bool
+    ) -> None:
         self._objects = objects
         self._peers = peers
         self._trust = trust
@@ -78,7 +80,9 @@ class Resolver:
             case refs.MagnetRef() as magnet:
                 return await self._from_magnet(text, magnet)
             case refs.HfRef() | refs.UrlRef():
-                raise UsageError(text, "hf: and https references cannot be pulled yet", "download the file and publish it, or use a code, CID or magnet")
+                raise UsageError(
+                    text, "hf: and https references cannot be pulled yet", "download the file and publish it, or use a code, CID or magnet"
+                )
 
     # -- offers -----------------------------------------------------------------------------------------------------
 
@@ -91,7 +95,9 @@ class Resolver:
             await asyncio.sleep(0.1)
         models = routing.aggregate(offers, ())
         if not models:
-            raise NotFound(text, "no node that this one knows announces it", "swarmctl models lists what is announced; swarmctl join adds a node")
+            raise NotFound(
+                text, "no node that this one knows announces it", "swarmctl models lists what is announced; swarmctl join adds a node"
+            )
         if len(models) > 1:
             listing = ", ".join(f"{model.code} {model.name}" for model in models)
             raise Ambiguous(text, f"means {len(models)} models: {listing}", "use a longer code or the CID")
@@ -132,7 +138,9 @@ class Resolver:
                 wrong = error
         if wrong is not None:
             raise wrong
-        raise VerificationError(plan.name or plan.ref, "its signature could not be checked, nobody gave the manifest", "try again when its publisher is online")
+        raise VerificationError(
+            plan.name or plan.ref, "its signature could not be checked, nobody gave the manifest", "try again when its publisher is online"
+        )
 
     def believe(self, plan: Plan, cid: str, data: bytes) -> Plan:
         """What a manifest's signer promises about the plan's bytes. Raises `VerificationError` or `Refused`."""
@@ -143,7 +151,11 @@ class Resolver:
         except (NotVerified, Malformed) as error:
             raise VerificationError(what, f"its manifest does not verify: {error}", "ask its publisher for a new one") from error
         identity = claims.identity
-        asked = (("CID", plan.cid, identity.cid), ("infohash", plan.infohash, identity.infohash), ("infohash", plan.infohash_v2, identity.infohash_v2))
+        asked = (
+            ("CID", plan.cid, identity.cid),
+            ("infohash", plan.infohash, identity.infohash),
+            ("infohash", plan.infohash_v2, identity.infohash_v2),
+        )
         for kind, wanted, promised in asked:
             if wanted is not None and wanted != promised:
                 raise VerificationError(what, f"its manifest speaks of another {kind}", "check the reference with whoever gave it")
@@ -164,7 +176,9 @@ class Resolver:
         node = self._ipfs()
         if node is None:
             why = "IPFS is not running" if self._ipfs_enabled else "IPFS is switched off"
-            raise Unavailable(text, f"{why} and no node announces this CID", "swarmctl doctor tells what is missing; a code or magnet works without IPFS")
+            raise Unavailable(
+                text, f"{why} and no node announces this CID", "swarmctl doctor tells what is missing; a code or magnet works without IPFS"
+            )
         size = await node.size(cid, deadline_s=_CID_DEADLINE_S)
         if size <= MANIFEST_LIMIT:
             data = await node.read_bytes(cid, limit=MANIFEST_LIMIT, deadline_s=_CID_DEADLINE_S)

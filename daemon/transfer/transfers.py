@@ -82,7 +82,9 @@ class Transfers:
         """Go on with the pulls that a stop or a crash has interrupted. `resume(ref)` starts one."""
         for row in await self._ledger.call(Ledger.transfers):
             if row.kind == "pull" and row.state not in FINAL:
-                await self._ledger.call(Ledger.save_transfer, TransferRow(row.id, row.kind, row.ref, "cancelled", row.started, utc_now(), None))
+                await self._ledger.call(
+                    Ledger.save_transfer, TransferRow(row.id, row.kind, row.ref, "cancelled", row.started, utc_now(), None)
+                )
                 try:
                     resume(row.ref)
                 except SwarmError as error:

@@ -1,0 +1,310 @@
+"""The daemon: builds everything in order, runs until it is asked to stop, and takes everything down in reverse.
+
+`python -m daemon.main --home DIR [--SECTION-KEY VALUE ...]`. It ends with an exit code of the error tree (daemon/errors.py);
+the last line on stderr is then `error: WHAT: WHY; NEXT STEP`. Nobody imports this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+
+from daemon import config as settings
+from daemon import network
+from daemon.api.app import create_app
+from daemon.api.services import Services
+from daemon.config import Config
+from daemon.engine.host import EngineHost
+from daemon.engine.serving import Serving
+from daemon.errors import SwarmError, Unavailable, UsageError
+from daemon.home import Home
+from daemon.ipfs.interface import IpfsNode
+from daemon.ipfs.keeper import IpfsKeeper
+from daemon.ledger import LedgerThread
+from daemon.status import Status
+from daemon.supervise import Supervisor
+from daemon.swarm.announce import Announcer
+from daemon.swarm.answers import Answers
+from daemon.swarm.door import create_door, open_door
+from daemon.swarm.offering import Offering
+from daemon.swarm.peers import PeerTable
+from daemon.swarm.relay import ChatServer
+from daemon.swarm.seal import SealKeys
+from daemon.torrent.session import TorrentSession
+from daemon.transfer.library import Library
+from daemon.transfer.objects import Objects
+from daemon.transfer.publish import Publisher
+from daemon.transfer.pull import Patience, Puller
+from daemon.transfer.resolve import Resolver
+from daemon.transfer.resolve import parse as parse_ref
+from daemon.transfer.seeding import Seeding
+from daemon.transfer.sources import RateLimit
+from daemon.transfer.store import Store
+from daemon.transfer.transfers import Transfer, Transfers, utc_now
+from daemon.trust import TrustBook
+from registry import envelope
+from registry.address import parse_address
+from registry.errors import Malformed
+from registry.records import Address
+
+log = logging.getLogger("daemon")
+
+_IPFS_WAIT_S = 2.0  # how long being ready may wait for IPFS, which may come later as well
+_LAST_ANSWERS_S = 0.5  # how long a stop waits for answers under way
+_STOP_S = 4.5  # for the background loops, Kubo among them
+
+
+def main() -> int:
+    try:
+        config = _arguments(sys.argv[1:])
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+        with Home(config.home) as home:
+            asyncio.run(_Daemon(config, home).run())
+    except SwarmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception:  # the only case with a traceback: it is ours
+        traceback.print_exc()
+        print("error: daemon: an unexpected error; report it with the traceback above", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _arguments(words: Sequence[str]) -> Config:
+    parser = argparse.ArgumentParser("swarmctl daemon", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--home", type=Path, required=True)
+    for name in settings.settings():
+        parser.add_argument("--" + name.replace(".", "-").replace("_", "-"), dest=name)
+    try:
+        known, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UsageError("daemon", str(error), "docs/settings.md lists the settings") from error
+    if unknown:
+        raise UsageError(unknown[0], "no such setting", "docs/settings.md lists them")
+    values = {name: value for name, value in vars(known).items() if name != "home" and value is not None}
+    return settings.load(known.home.expanduser().absolute(), flags=values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Holdings:
+    """What this node has: its ledger, its trust, its models, and the networks that they are given to."""
+
+    ledger: LedgerThread
+    trust: TrustBook
+    store: Store
+    torrents: TorrentSession | None
+    seeding: Seeding
+    library: Library
+    strays: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Voice:
+    """How this node is with others: what it serves, whom it knows, and what it says."""
+
+    http: aiohttp.ClientSession
+    supervisor: Supervisor
+    serving: Serving
+    peers: PeerTable
+    answers: Answers
+    announcer: Announcer
+
+
+class _Daemon:
+    """Each part goes on the stack where it is built, so that the end is the beginning reversed."""
+
+    def __init__(self, config: Config, home: Home) -> None:
+        self._config = config
+        self._home = home
+        self._key = home.node_key()
+        self._node = envelope.key_name(self._key)
+        self._started = utc_now()
+        self._stop = asyncio.Event()
+        self._announcer: Announcer | None = None
+        self._keeper = IpfsKeeper(config, self._ipfs_ready, self._ipfs_gone)
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop.set)
+        async with AsyncExitStack() as stack:
+            has = await self._holdings(stack)
+            voice = await self._voice(stack, has)
+            transfers, puller, publisher = await self._transfers(stack, has, voice)
+            await self._start(voice, has)
+            await self._api(stack, has, voice, transfers, puller, publisher)
+            log.info("ready")
+            await self._stop.wait()
+            log.info("stopping")
+
+    def _ipfs(self) -> IpfsNode | None:
+        return self._keeper.node
+
+    async def _ipfs_ready(self, node: IpfsNode) -> None:
+        if self._announcer is not None:
+            await self._announcer.on_ipfs_ready(node)
+
+    async def _ipfs_gone(self) -> None:
+        if self._announcer is not None:
+            await self._announcer.on_ipfs_gone()
+
+    def _changed(self) -> None:
+        if self._announcer is not None:
+            self._announcer.changed()
+
+    # -- the parts, in order ----------------------------------------------------------------------------------------
+
+    async def _holdings(self, stack: AsyncExitStack) -> _Holdings:
+        config = self._config
+        ledger = await LedgerThread.open(config.home / "ledger.db")
+        stack.push_async_callback(ledger.close)
+        trust = TrustBook(ledger, self._node)
+        await trust.open()
+        store = Store(config.home)
+        await asyncio.to_thread(store.open)
+        torrents = None
+        if config.torrent.enabled:
+            torrents = TorrentSession(
+                config.network, config.torrent.port, download_rate=config.transfer.download_rate, upload_rate=config.transfer.upload_rate
+            )
+            await torrents.start()
+            stack.push_async_callback(torrents.close)
+        seeding = Seeding(store, torrents, self._ipfs, config.ipfs.enabled)
+        library = Library(store, ledger, trust, seeding, self._changed)
+        strays = await library.open()
+        await seeding.seed_all(library.records())
+        return _Holdings(ledger, trust, store, torrents, seeding, library, strays)
+
+    async def _voice(self, stack: AsyncExitStack, has: _Holdings) -> _Voice:
+        config = self._config
+        http = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
+        engine = EngineHost(config.engine, config.home / "logs", lambda key, reason: serving.worker_gone(key, reason))
+        stack.push_async_callback(engine.close)
+        serving = Serving(engine, has.library, self._changed)
+        offering = Offering(self._node, has.library, serving, has.torrents)
+        peers = PeerTable(has.ledger, own=self._node, clock=time.time, standing=has.trust.standing)
+        await peers.open()
+        answers = Answers(peers, offering.local_models, ipfs=self._ipfs, http=http, clock=time.time)
+        seal_keys = SealKeys(self._node, time.time)
+        door = create_door(
+            announcements=lambda envelopes: announcer.exchange(envelopes),
+            chats=ChatServer(seal_keys, offering.local_models),
+            object_bytes=has.library.small_object,
+        )
+        door_port = await stack.enter_async_context(open_door(door, config.swarm.host, config.swarm.port))
+        supervisor = Supervisor(close_s=_STOP_S)
+        stack.push_async_callback(supervisor.close)
+        announcer = Announcer(
+            self._key,
+            table=peers,
+            ledger=has.ledger,
+            supervisor=supervisor,
+            seal_keys=seal_keys,
+            describe=offering.offers,
+            bittorrent=lambda: network.bittorrent_addresses(config.network, has.torrents.port) if has.torrents is not None else (),
+            door_port=door_port,
+            door_urls=network.door_urls(config.network, config.swarm.host, door_port),
+            http=http,
+            clock=time.time,
+            heartbeat_s=config.swarm.heartbeat,
+            join=[_address(text) for text in config.swarm.join],
+        )
+        self._announcer = announcer
+        stack.push_async_callback(announcer.close)
+        return _Voice(http, supervisor, serving, peers, answers, announcer)
+
+    async def _transfers(self, stack: AsyncExitStack, has: _Holdings, voice: _Voice) -> tuple[Transfers, Puller, Publisher]:
+        config = self._config
+        transfers = Transfers(has.ledger)
+        stack.push_async_callback(transfers.close)
+        publisher = Publisher(has.store, has.library, self._key)
+        resolver = Resolver(Objects(self._ipfs, voice.http), voice.peers, has.trust, self._ipfs, config.ipfs.enabled)
+        puller = Puller(
+            has.store, has.library, resolver, publisher, has.torrents, self._ipfs, config.ipfs.enabled,
+            RateLimit(config.transfer.download_rate), Patience(config.transfer.stall, config.transfer.give_up),
+        )  # fmt: skip
+        return transfers, puller, publisher
+
+    async def _start(self, voice: _Voice, has: _Holdings) -> None:
+        """Begin to speak. IPFS may be away, now or later: the node lives without it."""
+        await voice.announcer.start()
+        for blake3 in has.strays:
+            voice.supervisor.run(f"identify {blake3[:12]}", partial(has.library.identify_again, blake3), restart=False)
+        if self._config.ipfs.enabled:
+            voice.supervisor.run("ipfs", self._keeper.run, restart=True)
+            voice.supervisor.run("pins", lambda: self._keep_pinned(has), restart=True)
+            try:
+                async with asyncio.timeout(_IPFS_WAIT_S):
+                    await self._keeper.settled.wait()
+            except TimeoutError:
+                log.warning("IPFS is not ready yet; going on without it")
+
+    async def _keep_pinned(self, has: _Holdings) -> None:
+        """Each time that IPFS comes up: pin what came in while it was away."""
+        while True:
+            node = await self._keeper.next_node()
+            await has.seeding.pin_all(node, has.library.records())
+
+    async def _api(
+        self, stack: AsyncExitStack, has: _Holdings, voice: _Voice, transfers: Transfers, puller: Puller, publisher: Publisher
+    ) -> None:
+        config = self._config
+
+        def pull(ref: str) -> Transfer:
+            parse_ref(ref)
+            return transfers.start("pull", ref, lambda transfer: puller.pull(transfer, ref))
+
+        def publish(path: Path, *, name: str | None, license: str | None, source: str | None) -> Transfer:
+            return transfers.start(
+                "publish", str(path), lambda transfer: publisher.publish(transfer, path, name=name, license=license, source=source)
+            )
+
+        status = Status(
+            config, version("swarmctl"), self._started, self._keeper, has.torrents, has.library, transfers, voice.serving,
+            voice.announcer, voice.supervisor,
+        )  # fmt: skip
+        services = Services(
+            library=has.library, pull=pull, publish=publish, transfers=transfers, serving=voice.serving, peers=voice.peers,
+            announcer=voice.announcer, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,
+        )  # fmt: skip
+        runner = web.AppRunner(
+            create_app(services, self._home.token()), handler_cancellation=True, access_log=None, shutdown_timeout=_LAST_ANSWERS_S
+        )
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        host, port = config.api.host, config.api.port
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise Unavailable(
+                f"port {port}", f"the API cannot listen there: {error.strerror}", "end what uses it, or set api.port"
+            ) from error
+        status.api = f"http://{'[::1]' if host == '::1' else host}:{runner.addresses[0][1]}"
+        await transfers.open(pull)
+        self._home.write_daemon_json(status.api, version("swarmctl"))
+        stack.callback(self._home.remove_daemon_json)
+
+
+def _address(text: str) -> Address:
+    try:
+        return parse_address(text)
+    except Malformed as error:
+        raise UsageError("swarm.join", str(error), "copy an address from another node's status") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

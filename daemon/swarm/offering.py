@@ -1,0 +1,47 @@
+"""What this node offers: its models as it announces them."""
+
+from __future__ import annotations
+
+from daemon.engine.serving import Serving
+from daemon.swarm.relay import LocalModel
+from daemon.torrent.session import TorrentSession
+from daemon.transfer.library import Library
+from registry.records import Model, Offer
+
+
+class Offering:
+    def __init__(self, node: str, library: Library, serving: Serving, torrents: TorrentSession | None) -> None:
+        self._node = node
+        self._library = library
+        self._serving = serving
+        self._torrents = torrents
+
+    async def offers(self) -> list[Offer]:
+        """Every sound model, whether it is served or only held."""
+        return [self._offer(model) for model in self._library.models() if model.quarantined is None]
+
+    def local_models(self) -> list[LocalModel]:
+        """The models that answer here."""
+        served = self._serving.served()
+        models = (model for model in self._library.models() if model.identity.blake3 in served)
+        return [LocalModel(self._offer(model), self._serving.provider(model)) for model in models]
+
+    def _offer(self, model: Model) -> Offer:
+        identity = model.identity
+        served = self._serving.served().get(identity.blake3)
+        seeders, peers = self._torrents.seeds_and_peers(identity.infohash_v2) if self._torrents is not None else (0, 0)
+        return Offer(
+            node=self._node,
+            cid=identity.cid,
+            infohash=identity.infohash,
+            infohash_v2=identity.infohash_v2,
+            manifest=model.manifest,
+            name=model.name,
+            size=identity.size,
+            serving=served is not None,
+            free_slots=served.free_slots if served is not None else 0,
+            context_length=served.context if served is not None else 0,
+            seeders=max(seeders, 1),  # this node has it whole
+            peers=peers,
+            tokens_per_second=served.tokens_per_second if served is not None else 0.0,
+        )
