@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_S = 0.2
@@ -58,9 +59,14 @@ def _watch(parent: int) -> None:
 
 def _run_watched(parent: int, argv: list[str]) -> int:
     """Where the kernel makes no promise: stay between the two, pass a stop on, and kill CMD when `parent` goes."""
-    child = subprocess.Popen(argv)
+    early: list[int] = []
+    forward: Callable[[int], object] = early.append  # until there is somebody to pass it on to
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda received, _frame: child.send_signal(received))
+        signal.signal(number, lambda received, _frame: forward(received))
+    child = subprocess.Popen(argv)
+    forward = child.send_signal
+    for received in early:
+        child.send_signal(received)
     while os.getppid() == parent:
         try:
             code = child.wait(_POLL_S)
@@ -68,7 +74,8 @@ def _run_watched(parent: int, argv: list[str]) -> int:
             continue
         return code if code >= 0 else 128 - code
     child.kill()
-    return child.wait()
+    child.wait()
+    return 128 + signal.SIGKILL
 
 
 def main(arguments: list[str]) -> int:
