@@ -60,7 +60,7 @@ class Rpc:
         body: Any = None, headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:  # fmt: skip
         """A reply whose body is still to be read. Leaving the context early ends the call on Kubo's side too."""
-        if self._session is None:
+        if self._session is None or self._session.closed:
             raise Unavailable("IPFS", "the connection to it is not open")
         with _translated(call):
             async with self._session.post(

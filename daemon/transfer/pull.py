@@ -282,11 +282,12 @@ class _Fetch:
         self._last_ipfs = self._last_any = time.monotonic()
 
     async def _draw_from_peers(self, download: Download) -> None:
+        # Connected from the start and asked for nothing: when IPFS dies, its place is taken at once.
+        download.add_peers(self._puller._bittorrent_peers(self._plan))
         await self._join.wait()
-        download.join_swarm(self._puller._bittorrent_peers(self._plan))
         while True:
+            download.join_swarm(self._puller._bittorrent_peers(self._plan))
             await asyncio.sleep(2.0)
-            download.add_peers(self._puller._bittorrent_peers(self._plan))
 
     async def _watch(self) -> None:
         patience = self._puller._patience
@@ -309,7 +310,9 @@ class _Fetch:
                 self._end_game()
 
     def _help_wanted(self, now: float) -> bool:
-        """IPFS is silent, or would alone still take long after its head start."""
+        """IPFS is gone or silent, or would alone still take long after its head start."""
+        if self._puller._ipfs() is None:
+            return True
         if now - self._last_ipfs > self._puller._patience.stall:
             return True
         elapsed = now - self._started

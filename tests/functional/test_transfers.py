@@ -17,8 +17,8 @@ from tests.functional.nodes import Node, nodes, until
 from tests.unit.gguf_files import tiny_gguf
 
 MIB = 1 << 20
-SIZE = 24 * MIB + 12345  # no multiple of a leaf or a piece
-SLOW = "4MiB"
+SIZE = 64 * MIB + 12345  # no multiple of a leaf or a piece; much more than a source has in flight
+SLOW = "16MiB"
 
 
 @pytest.fixture
