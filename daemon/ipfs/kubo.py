@@ -41,11 +41,14 @@ _PRIVATE = (*_LOOPBACK, "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.25
 
 
 class KuboProcess:
-    """One life of Kubo: `start()`, then `wait()` for its end or `stop()` it. A supervisor makes a new one for the next life."""
+    """One life of Kubo: `start()`, then `wait()` for its end or `stop()` it. A supervisor makes a new one for the next life.
+
+    `repo` is an absolute path; files to be added in place must be named with its parent as it is spelt here.
+    """
 
     def __init__(self, binary: Path, repo: Path, *, network: Network, port: int, max_connections: int, log: Path) -> None:
         self._binary = binary
-        self._repo = repo.resolve()
+        self._repo = repo
         self._network: Network = network
         self._port = port
         self._max_connections = max_connections
@@ -65,8 +68,7 @@ class KuboProcess:
     async def start(self) -> None:
         """Returns when the RPC answers. Raises `Unavailable` with Kubo's last word when it does not come up."""
         try:
-            await asyncio.to_thread(self._prepare_folders)
-            if not (self._repo / "config").exists():
+            if not await asyncio.to_thread(self._prepare_folders):
                 await self._init()
             await self._wait_for_lock()
             await asyncio.to_thread(self._configure)
@@ -101,13 +103,15 @@ class KuboProcess:
 
     # -- the steps of a start -----------------------------------------------------------------------------------------
 
-    def _prepare_folders(self) -> None:
+    def _prepare_folders(self) -> bool:
+        """Whether there is a repository already."""
         self._repo.parent.mkdir(parents=True, exist_ok=True)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         if self._log.exists() and self._log.stat().st_size > _MAX_LOG:
             self._log.unlink()
         if self._socket.parent != self._repo:
             _private_folder(self._socket.parent)
+        return (self._repo / "config").exists()
 
     async def _init(self) -> None:
         """Made beside and renamed, so that a crash in the middle leaves no half repository."""
@@ -158,9 +162,8 @@ class KuboProcess:
 
     async def _spawn(self) -> int:
         """Starts the daemon; returns where its part of the log begins."""
-        log = await asyncio.to_thread(os.open, self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        log, begin = await asyncio.to_thread(_open_log, self._log)
         try:
-            begin = os.fstat(log).st_size
             # A session of its own: a Ctrl-C in the terminal is for us, who stop Kubo last.
             self._process = await asyncio.create_subprocess_exec(
                 *orphan.command([str(self._binary), "daemon", "--migrate=true"]), env=_environment(self._repo),
@@ -272,6 +275,12 @@ def _is_locked(path: Path) -> bool:
     except (BlockingIOError, PermissionError):
         return True
     return False
+
+
+def _open_log(path: Path) -> tuple[int, int]:
+    """A descriptor to append to, and the size so far."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    return log, os.fstat(log).st_size
 
 
 def _environment(repo: Path) -> dict[str, str]:
