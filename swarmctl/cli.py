@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -56,16 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         sys.exit(_run(words, context))
     except BrokenPipeError:
-        # The reader (`| head`) has what it wanted. Python would complain once more while it closes stdout.
-        sys.stdout = None
+        # The reader (`| head`) has what it wanted. Python would complain once more when it flushes stdout at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
 
 def _run(words: list[str], context: Context) -> int:
     try:
-        code = cli.main(words, prog_name="swarmctl", standalone_mode=False, obj=context)
+        # Not cli.main: it makes exit code 1, which means a bug, of a reader that has enough.
+        with cli.make_context("swarmctl", words, obj=context) as ctx:
+            cli.invoke(ctx)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return 0
+    except click.exceptions.Exit as end:
+        return end.exit_code
     except Failure as failure:
         return _fail(failure, context.json)
     except click.UsageError as error:

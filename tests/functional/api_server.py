@@ -284,7 +284,8 @@ class World:
         ipfs = {"enabled": False, "state": "off", "version": None, "pid": None, "peers": 0, "reason": None}
         bittorrent = {"enabled": True, "state": "ready", "port": 1, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0}
         return {
-            "state": "ready", "node": NODE, "peer_id": None, "addresses": ["swarmctl://" + "ab" * 32], "api": self.url, "network": "loopback",
+            "state": "ready", "node": NODE, "peer_id": None, "addresses": ["swarmctl://" + "ab" * 32], "api": self.url,
+            "network": "loopback",
             "version": "0.1.0", "pid": os.getpid(), "started": "2026-11-21T10:00:00Z", "home": "/", "ipfs": ipfs, "bittorrent": bittorrent,
             "models": 1, "serving": [], "transfers": 0,
         }  # fmt: skip

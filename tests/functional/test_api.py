@@ -11,6 +11,8 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+
+from daemon.engine.interface import ServeOptions
 from tests.functional.api_server import CID, CID2, MODEL, NODE, OTHER, TOKEN, World, running
 
 MESSAGES = [{"role": "user", "content": "one two three"}]
@@ -59,8 +61,8 @@ async def test_health_needs_no_token_and_everything_else_does(api: aiohttp.Clien
         assert (await anybody.get("/healthz")).status == 200
         for path in ("/api/status", "/v1/models", "/metrics", "/no/such"):
             assert (await anybody.get(path)).status == 401
-        for header in ("", "Bearer", f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN, "Bearer \udcff"):
-            answer = await anybody.get("/api/status", headers={"Authorization": header.encode("utf-8", "surrogateescape").decode("latin-1")})
+        for header in ("", "Bearer", f"Bearer {TOKEN}x", f"Basic {TOKEN}", TOKEN, "Bearer \xff"):
+            answer = await anybody.get("/api/status", headers={"Authorization": header})
             assert answer.status == 401
             assert (await answer.json())["error"]["code"] == 2
     assert (await api.get("/api/status")).status == 200
@@ -129,7 +131,10 @@ async def test_r24_bodies_and_headers_have_ceilings(api: aiohttp.ClientSession, 
 
 @pytest.mark.parametrize(
     "body",
-    ["[]", "1", "{", '{"key":1,"key":2}', '{"key": NaN}', '{"key": Infinity}', '{"key":"\\ud800"}', '{"a":' * 5000 + "1" + "}" * 5000, "\ufeff{}"],
+    [
+        "[]", "1", "{", '{"key":1,"key":2}', '{"key": NaN}', '{"key": Infinity}', '{"key":"\\ud800"}', "\ufeff{}",
+        '{"a":' * 5000 + "1" + "}" * 5000,
+    ],
 )
 async def test_r26_json_that_two_parsers_could_read_differently(api: aiohttp.ClientSession, body: str) -> None:
     answer = await api.post("/api/trust", data=body.encode(), headers={"Content-Type": "application/json"})
@@ -157,7 +162,8 @@ async def test_lists(api: aiohttp.ClientSession) -> None:
     }  # fmt: skip
     assert (model["cid"], len(model["code"]), model["seeders"], model["serving"]) == (CID, 7, 3, False)
     swarm = await (await api.get("/api/swarm/models")).json()
-    assert [(entry["cid"], entry["nodes"], entry["local"], entry["serving"]) for entry in swarm] == [(CID2, 1, False, True), (CID, 2, True, False)]
+    seen = [(entry["cid"], entry["nodes"], entry["local"], entry["serving"]) for entry in swarm]
+    assert seen == [(CID2, 1, False, True), (CID, 2, True, False)]
     (peer,) = await (await api.get("/api/swarm/peers")).json()
     assert (peer["node"], peer["models"], len(peer["serving"]), peer["expires"]) == (OTHER, 2, 1, "2030-03-17T17:46:40Z")
 
@@ -169,7 +175,8 @@ async def test_publish_whole_and_streamed(api: aiohttp.ClientSession) -> None:
     assert [event["state"] for event in events] == ["resolving", "fetching", "done"]
     assert events[-1]["model"]["cid"] == CID
     answer = await api.post("/api/ai/publish", json={"path": "/x/broken.gguf"})
-    assert (answer.status, await answer.json()) == (400, {"error": {"code": 2, "message": "broken: it is not a GGUF", "hint": "give another"}})
+    assert answer.status == 400
+    assert await answer.json() == {"error": {"code": 2, "message": "broken: it is not a GGUF", "hint": "give another"}}
     assert (await api.post("/api/ai/publish", json={"path": "relative.gguf"})).status == 400
 
 
@@ -256,7 +263,8 @@ async def test_chats_in_our_own_words(api: aiohttp.ClientSession) -> None:
     assert events[0] == {"answered_by": OTHER, "code": "abc2def", "name": "tiny"}
     assert "".join(event.get("text", "") for event in events) == "one two three "
     assert (events[-1]["finish_reason"], events[-1]["usage"]["total_tokens"]) == ("stop", 8)
-    later = await sse(await api.post("/api/swarm/relay/chat", json={"messages": [{"role": "user", "content": "fail later"}], "stream": True}))
+    failing = [{"role": "user", "content": "fail later"}]
+    later = await sse(await api.post("/api/swarm/relay/chat", json={"messages": failing, "stream": True}))
     assert later[-1]["error"]["code"] == 7
     cut = await api.post("/api/swarm/relay/chat", json={"messages": [{"role": "user", "content": "cut off"}]})
     assert cut.status == 503
@@ -266,7 +274,7 @@ async def test_chats_in_our_own_words(api: aiohttp.ClientSession) -> None:
 
 
 async def test_openai_models(ai: openai.AsyncOpenAI, world: World) -> None:
-    world.serving.running[MODEL.identity.blake3] = await world.serving.serve(MODEL, world.serving.served().get("", None) or _options())
+    await world.serving.serve(MODEL, ServeOptions())
     served = {model.id: model async for model in await ai.models.list()}
     assert len(served) == 2
     code = next(model.id for model in served.values() if model.model_dump()["cid"] == CID)
@@ -277,16 +285,11 @@ async def test_openai_models(ai: openai.AsyncOpenAI, world: World) -> None:
             await ai.models.retrieve(name)
 
 
-def _options() -> Any:
-    from daemon.engine.interface import ServeOptions
-
-    return ServeOptions()
-
-
 async def test_openai_chat_whole(ai: openai.AsyncOpenAI, world: World) -> None:
     answer = await ai.chat.completions.create(
-        model="tiny", messages=[{"role": "developer", "content": "be kind"}, {"role": "user", "content": [{"type": "text", "text": "one two"}]}],
-        max_tokens=9, temperature=0, stop="x", seed=1, user="me", metadata={"a": "b"}, store=False, n=1, logprobs=False, response_format={"type": "text"},
+        model="tiny", max_tokens=9, temperature=0, stop="x", seed=1,
+        messages=[{"role": "developer", "content": "be kind"}, {"role": "user", "content": [{"type": "text", "text": "one two"}]}],
+        user="me", metadata={"a": "b"}, store=False, n=1, logprobs=False, response_format={"type": "text"},
     )  # fmt: skip
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("one two ", "stop")
     assert (answer.model, answer.usage.total_tokens if answer.usage else None, answer.model_dump()["answered_by"]) == ("abc2def", 8, OTHER)
