@@ -219,8 +219,11 @@ def _sampling(request: ChatRequest) -> Sampling:
 
 
 def _prepare(log: Path) -> tuple[Path, BinaryIO]:
+    """The worker's private folder (0700) and its log. A daemon that was killed could not remove the folder of its worker."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="swarmctl-worker-")), log.open("wb")
+    for left_over in log.parent.glob(f"{log.stem}-*.tmp"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{log.stem}-", suffix=".tmp", dir=log.parent)), log.open("wb")
 
 
 async def _spawn(folder: Path, output: BinaryIO) -> asyncio.subprocess.Process:
