@@ -55,7 +55,9 @@ def test_only_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
         assert _absolute(ref) == ref
 
 
-@pytest.mark.parametrize("words", [("nonsense",), ("pull",), ("ls", "--nonsense"), ("ask", "x", "--temperature", "9"), ("trust", "nonsense")])
+@pytest.mark.parametrize(
+    "words", [("nonsense",), ("pull",), ("ls", "--nonsense"), ("ask", "x", "--temperature", "9"), ("trust", "nonsense")]
+)
 def test_usage_errors_are_one_line_and_an_object(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*words, "--json") == 2
     said = capsys.readouterr()
@@ -94,7 +96,9 @@ def test_what_is_no_url_of_a_daemon(url: str) -> None:
     assert failed.value.code == 2
 
 
-@pytest.mark.parametrize(("error", "code"), [({"code": 5, "message": "m"}, 5), ({"code": 99, "message": "m"}, 1), ({}, 1), ("x", 1), (None, 1)])
+@pytest.mark.parametrize(
+    ("error", "code"), [({"code": 5, "message": "m"}, 5), ({"code": 99, "message": "m"}, 1), ({}, 1), ("x", 1), (None, 1)]
+)
 def test_errors_of_a_strange_daemon(error: object, code: int) -> None:
     assert Failure.from_json(error).code == code
 

@@ -1,0 +1,65 @@
+"""Every command, option and route is documented, and nothing is documented that does not exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from daemon.api.app import create_app
+from daemon.api.openai import IGNORED, NEUTRAL
+from swarmctl.cli import MODULE_OF, cli
+from tests.functional.api_server import World
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+COMMANDS = (DOCS / "commands.md").read_text(encoding="utf-8")
+HTTP = (DOCS / "http.md").read_text(encoding="utf-8")
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(cli)
+    for name in MODULE_OF:
+        command = cli.get_command(context, name)
+        assert command is not None, name
+        yield name, command
+        if isinstance(command, click.Group):
+            yield from ((f"{name} {inner}", found) for inner, found in command.commands.items())
+
+
+def section(name: str) -> str:
+    """The part of commands.md about a command; a command of a group is in the group's."""
+    found = re.search(rf"^### `swarmctl {name.split()[0]}\b.*?(?=^##|\Z)", COMMANDS, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"docs/commands.md has no section on {name}"
+    return found[0]
+
+
+def test_every_command_and_option_is_documented() -> None:
+    for name, command in commands():
+        text = section(name)
+        assert f"`swarmctl {name}" in text
+        for parameter in command.params:
+            for option in parameter.opts if isinstance(parameter, click.Option) else ():
+                assert f"`{option}" in (text + COMMANDS[: COMMANDS.index("## The node")]), f"{name} {option}"
+        assert command.help, name
+
+
+def test_every_documented_command_and_option_exists() -> None:
+    known = {name: {option for parameter in command.params for option in parameter.opts} for name, command in commands()}
+    assert set(re.findall(r"^### `swarmctl (\w+)", COMMANDS, re.MULTILINE)) == {name for name in known if " " not in name}
+    assert set(re.findall(r"`swarmctl (trust \w+)", COMMANDS)) == {name for name in known if " " in name}
+    for name in MODULE_OF:
+        options = set().union(*(found for other, found in known.items() if other.split()[0] == name))
+        assert set(re.findall(r"^\| `(--[a-z-]+)", section(name), re.MULTILINE)) <= options
+
+
+async def test_every_route_is_documented_and_every_documented_one_exists() -> None:
+    router = create_app(World().services(), "t" * 32).router
+    routes = {f"{route.method} {re.sub(':[^}]*', '', route.resource.canonical)}" for route in router.routes() if route.resource is not None}
+    assert set(re.findall(r"^\| `([A-Z]+ /[^`]+)`", HTTP, re.MULTILINE)) == routes
+
+
+def test_every_field_of_a_chat_is_documented() -> None:
+    for name in (*IGNORED, *NEUTRAL):
+        assert f"`{name}`" in HTTP
