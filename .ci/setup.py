@@ -31,6 +31,7 @@ from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 CI, VENV, CACHE = ROOT / ".ci", ROOT / ".venv", ROOT / ".cache"
+TEMPORARY = CACHE / "tmp"  # what a killed compiler leaves is found and removed by the next run
 PYTHON = VENV / "bin" / "python"
 MODEL = CACHE / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -108,7 +109,7 @@ class Children:
             child = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, **environment},
+                env={**os.environ, "TMPDIR": str(TEMPORARY), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -355,6 +356,8 @@ def main() -> int:
     try:
         with (CACHE / "setup.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second make waits for the first
+            shutil.rmtree(TEMPORARY, ignore_errors=True)
+            TEMPORARY.mkdir()
             set_up(screen, children)
     except KeyboardInterrupt:
         children.end_all()
