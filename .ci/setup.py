@@ -124,12 +124,26 @@ class Children:
         with self._lock:
             self._running.discard(child)
 
-    def end_all(self) -> None:
+    def end_all(self, grace_s: float = 5.0) -> None:
+        """Ask first: ninja gives every compiler a process group of its own, and ends them only when it is asked."""
         with self._lock:
             self._ended = True
-            for child in self._running:
+            left = set(self._running)
+        for by, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):
+            for child in left:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
+                    os.killpg(child.pid, by)
+            deadline = time.monotonic() + wait_s
+            while any(_group_lives(child.pid) for child in left) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+
+def _group_lives(leader: int) -> bool:
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class Lane:

@@ -114,7 +114,15 @@ def test_the_lock_splits_without_loss(setup: ModuleType) -> None:
         setup.split_lock(lock, "absent")
 
 
-def test_a_failing_lane_ends_the_commands_of_the_others(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+POLITE = "signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[1] + '.asked', 'w').close(), sys.exit()))"
+STUBBORN = "signal.signal(signal.SIGTERM, lambda *_: open(sys.argv[1] + '.asked', 'w').close())"
+WORK = "; open(sys.argv[1], 'w').write(str(os.getpid()))\nwhile True: time.sleep(1)"
+
+
+@pytest.mark.parametrize("manner", [POLITE, STUBBORN], ids=["polite", "stubborn"])
+def test_a_failing_lane_ends_the_commands_of_the_others(
+    setup: ModuleType, manner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(setup, "CACHE", tmp_path)
     screen, children = setup.Screen(), setup.Children()
     pid_file = tmp_path / "pid"
@@ -123,7 +131,7 @@ def test_a_failing_lane_ends_the_commands_of_the_others(setup: ModuleType, tmp_p
     def long() -> None:
         lane = setup.Lane("long", screen, children)
         try:
-            lane.must([sys.executable, "-c", f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"])
+            lane.must([sys.executable, "-c", f"import os, signal, sys, time; {manner}{WORK}", str(pid_file)])
         finally:
             ended.set()
 
@@ -136,6 +144,7 @@ def test_a_failing_lane_ends_the_commands_of_the_others(setup: ModuleType, tmp_p
     with pytest.raises(setup.Failed, match="the disk is full"):
         setup.side_by_side({"long": long, "failing": failing}, screen, children)
     assert ended.wait(30)
+    assert (tmp_path / "pid.asked").exists(), "asked before it was killed, so that ninja can end its compilers"
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
 
