@@ -166,19 +166,27 @@ class Announcer:
         await self.take_in(envelopes)
         if not self._own:
             await self._compose(await self._describe())
-        return exchange.chosen(self._own, self._table.envelopes(), shuffle=self._random)
+        brought = set(envelopes)
+        others = {node: [page for page in pages if page not in brought] for node, pages in self._table.envelopes().items()}
+        return exchange.chosen(self._own, others, shuffle=self._random)
 
-    async def take_in(self, envelopes: Sequence[bytes]) -> None:
-        """Envelopes that came over HTTP. What is not right is left out: the one who passes it on need not have written it."""
+    async def take_in(self, envelopes: Sequence[bytes]) -> list[str]:
+        """Envelopes that came over HTTP; why each was refused, "" where it was not.
+
+        A wrong one does not stop the others: whoever passes it on need not have written it.
+        """
+        refusals: list[str] = []
         for envelope in envelopes:
             try:
                 said = await self.receive(envelope)
             except (Malformed, NotVerified, Stale, Refused, Busy) as error:
-                _log.debug("an announcement was refused: %s", error)
+                refusals.append(error.why if isinstance(error, SwarmError) else str(error))
                 continue
+            refusals.append("")
             if said.peer_id is None and self.ipfs is not None:
                 self._pass_on.append(envelope)
                 self._wanted.set()
+        return refusals
 
     async def own_pages(self) -> list[bytes]:
         """Our signed pages as they were last said."""

@@ -7,6 +7,7 @@ this port, so every such peer comes from 127.0.0.1 and shares the ceilings of th
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import time
 from collections import Counter
@@ -127,7 +128,7 @@ class _Door:
         data = await self._object_bytes(cid)
         if data is None or len(data) > OBJECT_LIMIT:
             raise NotFound("object", "this node does not have it")
-        return web.Response(body=data, content_type="application/octet-stream")
+        return web.Response(body=io.BytesIO(data), content_type="application/octet-stream")
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         with self._place(_source(request)):

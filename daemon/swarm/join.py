@@ -50,10 +50,8 @@ class Voice(Protocol):
         """Nodes that said something since the start, or since IPFS came back."""
         ...
 
-    @property
-    def last_refusal(self) -> str: ...
     async def own_pages(self) -> Sequence[bytes]: ...
-    async def take_in(self, envelopes: Sequence[bytes]) -> None: ...
+    async def take_in(self, envelopes: Sequence[bytes]) -> list[str]: ...
 
 
 @dataclass(slots=True)
@@ -134,10 +132,10 @@ class Joiner:
         said = exchange.speaker(envelopes[0])
         if node and said.node != node:
             raise VerificationError("peer", "another node answers there")
-        await self._voice.take_in(envelopes)
+        refusals = await self._voice.take_in(envelopes)
         peer = self._table.peer(said.node)
         if peer is None:
-            raise Unserved("peer", self._voice.last_refusal or "its announcement was not accepted")
+            raise Unserved("peer", refusals[0])
         return peer
 
     async def _over_ipfs(self, address: Address) -> Peer:

@@ -18,21 +18,24 @@ _ADDRESSES_TRIED = 8
 async def first(ways: Iterable[Coroutine[Any, Any, T]]) -> T:
     """What the first way to succeed returns; the others are cancelled.
 
-    Raises `Unserved` with every reason when all of them fail with a `SwarmError`; any other exception at once.
+    When all fail with a `SwarmError`: raises the only one, else `Unserved` with every reason. Any other exception at once.
     """
     tasks = [asyncio.create_task(way) for way in ways]
-    reasons: list[str] = []
+    failures: list[SwarmError] = []
     try:
         for done in asyncio.as_completed(tasks):
             try:
                 return await done
             except SwarmError as error:
-                reasons.append(error.why)
+                failures.append(error)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    raise Unserved("peer", "; ".join(dict.fromkeys(reasons)) or "there is no way to it", "check that it runs, and its address")
+    if len(failures) == 1:
+        raise failures[0]
+    reasons = dict.fromkeys(failure.why for failure in failures)
+    raise Unserved("peer", "; ".join(reasons) or "there is no way to it", "check that it runs, and its address")
 
 
 async def reach(node: IpfsNode, peer_id: str, addresses: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ stream, and that cancels the generation on the far side.
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
@@ -118,8 +119,9 @@ class PeerProvider:
     async def _post(self, url: str, sealed: bytes) -> aiohttp.ClientResponse:
         headers = {"Content-Type": REQUEST_TYPE, "Connection": "close"}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self._stall_s)
+        body = io.BytesIO(sealed)
         try:
-            response = await self._http.post(url + CHAT_PATH, data=sealed, headers=headers, timeout=timeout, allow_redirects=False)
+            response = await self._http.post(url + CHAT_PATH, data=body, headers=headers, timeout=timeout, allow_redirects=False)
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
             raise Unserved("peer", "it cannot be reached") from error
         if response.status == 200 and response.content_type == RESPONSE_TYPE:

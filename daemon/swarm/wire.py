@@ -83,7 +83,8 @@ def parse_question(body: bytes) -> tuple[str, ChatRequest]:
     _require(isinstance(messages, list) and 0 < len(messages) <= MESSAGES_LIMIT, "messages")
     for message in messages:
         _require(isinstance(message, dict) and message.keys() == {"role", "content"}, "messages")
-        _require(message["role"] in _ROLES and isinstance(message["content"], str), "messages")
+        _require(isinstance(message["role"], str) and isinstance(message["content"], str), "messages")
+        _require(message["role"] in _ROLES, "messages")
     stops = fields["stop"]
     _require(isinstance(stops, list) and len(stops) <= STOPS_LIMIT, "stop")
     _require(all(isinstance(stop, str) and 0 < len(stop) <= STOP_LIMIT for stop in stops), "stop")

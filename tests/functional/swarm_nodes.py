@@ -1,0 +1,179 @@
+"""Swarm nodes for tests: real door, announcer, answers and ledger, a real Kubo where asked for, and a model that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from daemon.engine.interface import ChatRequest, Delta, Usage
+from daemon.ipfs.interface import IpfsNode
+from daemon.ipfs.kubo import KuboProcess
+from daemon.ipfs.node import KuboNode
+from daemon.ipfs.rpc import Rpc
+from daemon.ledger import LedgerThread
+from daemon.supervise import Supervisor
+from daemon.swarm.announce import Announcer
+from daemon.swarm.answers import Answers
+from daemon.swarm.door import Limits, create_door, open_door
+from daemon.swarm.peers import PeerTable, Standing
+from daemon.swarm.relay import ChatServer, LocalModel
+from daemon.swarm.seal import SealKeys
+from registry.cid import leaf_cid
+from registry.envelope import key_name
+from registry.records import Address, Offer
+
+CID = leaf_cid(b"a model")
+
+
+class Script:
+    """A `Provider` that says `words`, or hangs or fails on the way. Notes what it was asked and that it was closed."""
+
+    def __init__(
+        self, words: tuple[str, ...] = ("the ", "answer"), *, hang_after: int | None = None, fails: Exception | None = None
+    ) -> None:
+        self.words = words
+        self.hang_after = hang_after
+        self.fails = fails
+        self.asked: list[ChatRequest] = []
+        self.closed = asyncio.Event()
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+        self.asked.append(request)
+        try:
+            if self.fails is not None:
+                raise self.fails
+            for said, word in enumerate(self.words):
+                if said == self.hang_after:
+                    await asyncio.Event().wait()
+                yield Delta(word)
+            if self.hang_after == len(self.words):
+                await asyncio.Event().wait()
+            yield Delta("", "stop", Usage(3, len(self.words)))
+        finally:
+            self.closed.set()
+
+
+@dataclass
+class Node:
+    key: str
+    announcer: Announcer
+    table: PeerTable
+    answers: Answers
+    seal_keys: SealKeys
+    http: aiohttp.ClientSession
+    door_url: str
+    held: list[Offer]
+    served: dict[str, Script]
+    supervisor: Supervisor
+    kubo: KuboProcess | None = None
+    ipfs: IpfsNode | None = None
+    objects: dict[str, bytes] = field(default_factory=dict)
+
+    def holds(self, cid: str = CID, name: str = "a model", seeders: int = 1) -> None:
+        self.held.append(Offer(self.key, cid, None, None, None, name, 1000, False, seeders=seeders))
+        self.announcer.changed()
+
+    def serves(self, script: Script, cid: str = CID, name: str = "a model", seeders: int = 1) -> None:
+        self.held = [offer for offer in self.held if offer.cid != cid]
+        self.held.append(Offer(self.key, cid, None, None, None, name, 1000, True, free_slots=1, seeders=seeders))
+        self.served[cid] = script
+        self.announcer.changed()
+
+    def sees(self, other: Node, *, serving: bool = False) -> bool:
+        return any(offer.node == other.key and offer.serving >= serving for offer in self.table.offers())
+
+
+async def until(condition: Callable[[], bool], within_s: float = 20.0) -> float:
+    """Seconds until `condition()` held."""
+    began = time.monotonic()
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.02)
+    return time.monotonic() - began
+
+
+@asynccontextmanager
+async def swarm_node(
+    home: Path,
+    *,
+    kubo: Path | None = None,
+    door: bool = True,
+    join: tuple[Address, ...] = (),
+    key: Ed25519PrivateKey | None = None,
+    clock: Callable[[], float] = time.time,
+    heartbeat_s: float = 60.0,
+    standing: Callable[[str], Standing | None] = lambda key: None,
+    limits: Limits | None = None,
+) -> AsyncIterator[Node]:
+    """One node. `kubo` is the binary, None leaves IPFS off; without `door` no direct URL is announced."""
+    key = key or Ed25519PrivateKey.generate()
+    name = key_name(key)
+    await asyncio.to_thread(home.mkdir, parents=True, exist_ok=True)
+    async with AsyncExitStack() as stack:
+        ledger = await LedgerThread.open(home / "ledger.db")
+        stack.push_async_callback(ledger.close)
+        http = await stack.enter_async_context(aiohttp.ClientSession(trust_env=False, auto_decompress=False))
+        supervisor = Supervisor()
+        stack.push_async_callback(supervisor.close)
+        table = PeerTable(ledger, own=name, clock=clock, standing=standing)
+        await table.open()
+        seal_keys = SealKeys(name, clock)
+        node: Node
+
+        def local() -> list[LocalModel]:
+            return [LocalModel(offer, node.served[offer.cid]) for offer in node.held if offer.cid in node.served]
+
+        async def describe() -> list[Offer]:
+            return node.held
+
+        async def object_bytes(cid: str) -> bytes | None:
+            return node.objects.get(cid)
+
+        def exchange(envelopes: list[bytes]) -> Awaitable[list[bytes]]:
+            return announcer.exchange(envelopes)
+
+        app = create_door(announcements=exchange, chats=ChatServer(seal_keys, local), object_bytes=object_bytes, limits=limits)
+        port = await stack.enter_async_context(open_door(app, "127.0.0.1", 0))
+        url = f"http://127.0.0.1:{port}"
+        announcer = Announcer(
+            key,
+            table=table,
+            ledger=ledger,
+            supervisor=supervisor,
+            seal_keys=seal_keys,
+            describe=describe,
+            bittorrent=tuple,
+            door_port=port,
+            door_urls=(url,) if door else (),
+            http=http,
+            clock=clock,
+            heartbeat_s=heartbeat_s,
+            join=join,
+        )
+        answers = Answers(table, local, ipfs=lambda: announcer.ipfs, http=http, clock=clock)
+        node = Node(name, announcer, table, answers, seal_keys, http, url, [], {}, supervisor)
+        await announcer.start()
+        stack.push_async_callback(announcer.close)
+        if kubo is not None:
+            process = await asyncio.to_thread(
+                KuboProcess, kubo, home / "ipfs", network="loopback", port=0, max_connections=32, log=home / "kubo.log"
+            )
+            stack.push_async_callback(process.stop)
+            await process.start()
+            rpc = await stack.enter_async_context(Rpc(process.api))
+            node.kubo, node.ipfs = process, KuboNode(rpc, repo=home / "ipfs")
+            stack.push_async_callback(announcer.on_ipfs_gone)
+            await announcer.on_ipfs_ready(node.ipfs)
+            stack.push_async_callback(announcer.close)
+        yield node
+
+
+async def text_of(deltas: AsyncIterator[Delta]) -> str:
+    return "".join([delta.text async for delta in deltas])

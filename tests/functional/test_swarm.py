@@ -1,0 +1,524 @@
+"""Nodes that find each other and answer for each other: real Kubo, real sockets, real ledgers; only the model is a script."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import aiohttp
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from daemon.engine.interface import ChatRequest
+from daemon.errors import Ambiguous, Busy, InferenceError, NotFound, Unavailable, Unserved, UsageError, VerificationError
+from daemon.swarm.door import Limits, open_door
+from daemon.swarm.relay import PROTOCOL, PeerProvider
+from daemon.swarm.seal import REQUEST_TYPE
+from registry.cid import leaf_cid
+from registry.errors import Stale
+from registry.records import Address
+from tests.functional.swarm_nodes import CID, Node, Script, swarm_node, text_of, until
+
+QUESTION = ChatRequest(({"role": "user", "content": "a very private prompt"},))
+
+
+# -- finding each other -------------------------------------------------------------------------------------------------
+
+
+async def test_a_newcomer_lists_a_serving_model_over_pubsub_alone(tmp_path: Path, kubo_binary: Path) -> None:
+    async with (
+        swarm_node(tmp_path / "a", kubo=kubo_binary, door=False) as a,
+        swarm_node(tmp_path / "b", kubo=kubo_binary, door=False) as b,
+    ):
+        a.serves(Script())
+        address = a.announcer.address()
+        assert address.http == () and address.ipfs
+        peer = await b.announcer.join(address)
+        assert peer.node == a.key
+        await until(lambda: b.sees(a, serving=True) and a.announcer.neighbours != frozenset())
+        # From now on only pubsub can tell.
+        second = leaf_cid(b"another")
+        a.serves(Script(), second, "another")
+        await until(lambda: any(offer.cid == second for offer in b.table.offers()))
+
+
+async def test_a_bare_multiaddr_is_enough(tmp_path: Path, kubo_binary: Path) -> None:
+    async with (
+        swarm_node(tmp_path / "a", kubo=kubo_binary, door=False) as a,
+        swarm_node(tmp_path / "b", kubo=kubo_binary, door=False) as b,
+    ):
+        peer = await b.announcer.join(Address("", ipfs=a.announcer.address().ipfs[:1]))
+        assert peer.node == a.key
+
+
+async def test_pubsub_comes_back_when_ipfs_does(tmp_path: Path, kubo_binary: Path) -> None:
+    async with (
+        swarm_node(tmp_path / "a", kubo=kubo_binary, door=False) as a,
+        swarm_node(tmp_path / "b", kubo=kubo_binary, door=False) as b,
+    ):
+        await b.announcer.join(a.announcer.address())
+        assert b.kubo is not None and b.ipfs is not None
+        await b.kubo.stop()
+        await b.announcer.on_ipfs_gone()
+        assert b.announcer.address().ipfs == ()
+        await b.kubo.start()
+        await b.announcer.on_ipfs_ready(b.ipfs)
+        a.serves(Script())
+        await until(lambda: b.sees(a, serving=True))
+
+
+async def test_without_ipfs_a_third_node_learns_of_everybody(tmp_path: Path) -> None:
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b, swarm_node(tmp_path / "c") as c:
+        await a.announcer.join(b.announcer.address())
+        await c.announcer.join(b.announcer.address())
+        a.serves(Script())
+        await until(lambda: c.sees(a, serving=True) and b.sees(a, serving=True))
+        # The other way round too: a learns of c, that it never joined.
+        c.holds()
+        await until(lambda: a.sees(c))
+
+
+async def test_a_node_without_ipfs_and_one_without_a_door_meet_through_a_third(tmp_path: Path, kubo_binary: Path) -> None:
+    async with (
+        swarm_node(tmp_path / "bridge", kubo=kubo_binary) as bridge,
+        swarm_node(tmp_path / "web") as web,
+        swarm_node(tmp_path / "p2p", kubo=kubo_binary, door=False) as p2p,
+    ):
+        await p2p.announcer.join(replace(bridge.announcer.address(), http=()))
+        await web.announcer.join(bridge.announcer.address())
+        web.holds()
+        p2p.holds()
+        await until(lambda: p2p.sees(web) and web.sees(p2p))
+
+
+async def test_joined_nodes_are_found_again_after_a_restart(tmp_path: Path) -> None:
+    key = Ed25519PrivateKey.generate()
+    async with swarm_node(tmp_path / "a") as a:
+        async with swarm_node(tmp_path / "b", key=key) as b:
+            await b.announcer.join(a.announcer.address())
+        async with swarm_node(tmp_path / "b", key=key) as b:
+            a.serves(Script())
+            await until(lambda: b.sees(a, serving=True))
+
+
+async def test_a_node_of_the_settings_is_tried_until_it_is_there(tmp_path: Path) -> None:
+    key = Ed25519PrivateKey.generate()
+    async with AsyncExitStack() as stack:
+        async with swarm_node(tmp_path / "a", key=key) as a:
+            url, node = a.door_url, a.key
+        b = await stack.enter_async_context(swarm_node(tmp_path / "b", join=(Address(node, http=(url,)),)))
+        assert b.table.peer(node) is None
+        await until(lambda: "rejoin" in b.supervisor.state())
+        assert b.supervisor.state()["rejoin"].crashes == 0
+
+
+async def test_joining_names_every_way_that_failed(tmp_path: Path, kubo_binary: Path) -> None:
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b", kubo=kubo_binary) as b:
+        nowhere = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWGRUT6XrZnJkHKn8WZ4W8JAkNNgZcZbVMkQXmxfbSjUaD"
+        with pytest.raises(Unserved, match="HTTP: nothing answers there; IPFS: "):
+            await b.announcer.join(Address(a.key, ipfs=(nowhere,), http=("http://127.0.0.1:9",)))
+        with pytest.raises(Unserved, match="IPFS is not running here"):
+            await a.announcer.join(Address(b.key, ipfs=b.announcer.address().ipfs))
+        with pytest.raises(VerificationError, match="another node answers"):
+            await b.announcer.join(Address("ed25519:" + "07" * 32, http=(a.door_url,)))
+        with pytest.raises(UsageError, match="own"):
+            await a.announcer.join(a.announcer.address())
+
+
+async def test_an_announcement_expires(tmp_path: Path) -> None:
+    now = [time.time()]
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b", clock=lambda: now[0]) as b:
+        a.serves(Script())
+        await b.announcer.join(a.announcer.address())
+        await until(lambda: b.sees(a, serving=True))
+        now[0] += 15 * 60
+        assert not b.sees(a) and b.table.peers() == []
+        assert b.table.peer(a.key) is not None
+
+
+async def test_more_models_than_one_page_holds(tmp_path: Path) -> None:
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b:
+        for number in range(80):
+            a.holds(leaf_cid(b"%d" % number), f"model {number}")
+        await b.announcer.join(a.announcer.address())
+        await until(lambda: len(b.table.offers()) == 80)
+        del a.held[5:]
+        a.announcer.changed()
+        await until(lambda: len(b.table.offers()) == 5)
+
+
+async def test_a_blocked_node_is_not_heard(tmp_path: Path) -> None:
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b", standing=lambda key: "blocked") as b:
+        with pytest.raises(Unserved, match="blocked"):
+            await b.announcer.join(a.announcer.address())
+
+
+async def test_a_node_that_leaves_says_good_bye(tmp_path: Path) -> None:
+    async with swarm_node(tmp_path / "a") as a:
+        async with swarm_node(tmp_path / "b") as b:
+            await b.announcer.join(a.announcer.address())
+            b.serves(Script())
+            await until(lambda: a.sees(b, serving=True))
+        assert not a.sees(b)
+
+
+async def test_replays_are_refused_also_after_a_restart(tmp_path: Path) -> None:
+    key = Ed25519PrivateKey.generate()
+    async with swarm_node(tmp_path / "a") as a:
+        async with swarm_node(tmp_path / "b", key=key) as b:
+            a.serves(Script())
+            await b.announcer.join(a.announcer.address())
+            await until(lambda: b.sees(a, serving=True))
+            recorded = b.table.envelopes()[a.key][0]
+        async with swarm_node(tmp_path / "b", key=key) as b:
+            assert b.sees(a, serving=True)
+            with pytest.raises(Stale):
+                await b.announcer.receive(recorded)
+
+
+async def test_our_sequence_grows_over_a_restart_with_the_clock_set_back(tmp_path: Path) -> None:
+    key = Ed25519PrivateKey.generate()
+    sequences = []
+    for offset in (0.0, -86400.0):
+        async with swarm_node(tmp_path / "a", key=key, clock=lambda offset=offset: time.time() + offset) as a:  # type: ignore[misc]  # bound now
+            async with swarm_node(tmp_path / f"b{offset}", clock=lambda offset=offset: time.time() + offset) as b:  # type: ignore[misc]  # as above
+                peer = await b.announcer.join(a.announcer.address())
+                sequences.append(peer.sequence)
+    assert sequences[1] > sequences[0]
+
+
+async def test_a_clock_that_is_off_by_a_day_is_named(tmp_path: Path) -> None:
+    async with swarm_node(tmp_path / "a", clock=lambda: time.time() + 86400) as a, swarm_node(tmp_path / "b") as b:
+        with pytest.raises(Unserved, match="clock"):
+            await b.announcer.join(a.announcer.address())
+
+
+# -- answering ----------------------------------------------------------------------------------------------------------
+
+
+async def two(stack: AsyncExitStack, folder: Path, kubo: Path | None, script: Script, *, door: bool = True) -> tuple[Node, Node]:
+    """A node that serves, and one that knows it."""
+    a = await stack.enter_async_context(swarm_node(folder / "a", kubo=kubo, door=door))
+    b = await stack.enter_async_context(swarm_node(folder / "b", kubo=kubo, door=door))
+    a.serves(script)
+    await b.announcer.join(a.announcer.address())
+    await until(lambda: b.sees(a, serving=True))
+    return a, b
+
+
+async def test_the_answer_comes_over_a_libp2p_stream(tmp_path: Path, kubo_binary: Path) -> None:
+    async with AsyncExitStack() as stack:
+        script = Script(("the ", "answer ", "\N{SNOWMAN}"))
+        a, b = await two(stack, tmp_path, kubo_binary, script, door=False)
+        answer = await b.answers.open(None, replace(QUESTION, max_tokens=7, seed=3, stop=("x",)))
+        deltas = [delta async for delta in answer.deltas]
+        assert "".join(delta.text for delta in deltas) == "the answer \N{SNOWMAN}"
+        assert deltas[-1].finish == "stop" and deltas[-1].usage is not None and deltas[-1].usage.completion_tokens == 3
+        assert (answer.answered_by, answer.name) == (a.key, "a model")
+        assert script.asked == [replace(QUESTION, max_tokens=7, seed=3, stop=("x",))]
+        assert b.table.stats()[a.key].successes == 1
+
+
+async def test_the_answer_comes_over_a_direct_address(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        _, b = await two(stack, tmp_path, None, Script())
+        answer = await b.answers.open("a model", QUESTION)
+        assert await text_of(answer.deltas) == "the answer"
+
+
+@pytest.mark.parametrize("over_ipfs", [True, False])
+async def test_leaving_an_answer_cancels_it_on_the_far_side(tmp_path: Path, kubo_binary: Path, over_ipfs: bool) -> None:
+    async with AsyncExitStack() as stack:
+        script = Script(hang_after=1)
+        _, b = await two(stack, tmp_path, kubo_binary if over_ipfs else None, script, door=not over_ipfs)
+        answer = await b.answers.open(CID, QUESTION)
+        assert (await anext(answer.deltas)).text == "the "
+        assert not script.closed.is_set()
+        await answer.deltas.aclose()
+        async with asyncio.timeout(10):
+            await script.closed.wait()
+
+
+async def test_giving_up_before_the_first_word_cancels_it_on_the_far_side(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        script = Script(hang_after=0)
+        _, b = await two(stack, tmp_path, None, script)
+        asking = asyncio.create_task(b.answers.open(CID, QUESTION))
+        await until(lambda: bool(script.asked))
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        async with asyncio.timeout(10):
+            await script.closed.wait()
+
+
+async def test_a_far_node_killed_in_the_middle_is_an_explicit_error(tmp_path: Path, kubo_binary: Path) -> None:
+    async with AsyncExitStack() as stack:
+        a, b = await two(stack, tmp_path, kubo_binary, Script(hang_after=1), door=False)
+        answer = await b.answers.open(CID, QUESTION)
+        await anext(answer.deltas)
+        assert a.kubo is not None and a.kubo.pid is not None
+        os.kill(a.kubo.pid, signal.SIGKILL)
+        with pytest.raises(InferenceError, match="in the middle"):
+            await anext(answer.deltas)
+        assert b.table.stats()[a.key].failures == 1
+
+
+async def test_another_node_is_asked_when_the_first_cannot(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        c = await stack.enter_async_context(swarm_node(tmp_path / "c"))
+        a, b = await two(stack, tmp_path, None, Script(fails=Busy("chat", "all slots are taken")))
+        a.serves(Script(fails=Busy("chat", "all slots are taken")), seeders=9)
+        c.serves(Script(("from c",)))
+        await b.announcer.join(c.announcer.address())
+        await until(lambda: b.sees(c, serving=True) and any(offer.seeders == 9 for offer in b.table.offers()))
+        answer = await b.answers.open(CID, QUESTION)
+        assert answer.answered_by == c.key
+        assert await text_of(answer.deltas) == "from c"
+        assert b.table.stats()[a.key].failures == 1
+
+
+async def test_a_peer_that_fails_in_the_middle_ends_in_its_error(tmp_path: Path) -> None:
+    class Broken(Script):
+        async def chat(self, request: ChatRequest) -> AsyncIterator[object]:  # type: ignore[override]  # only text matters
+            async for delta in super().chat(request):
+                yield delta
+                raise RuntimeError("/secret/path")
+
+    async with AsyncExitStack() as stack:
+        _, b = await two(stack, tmp_path, None, Broken())
+        answer = await b.answers.open(CID, QUESTION)
+        await anext(answer.deltas)
+        with pytest.raises(InferenceError) as caught:
+            await anext(answer.deltas)
+        assert "secret" not in str(caught.value)
+
+
+async def test_this_node_is_a_candidate_too(tmp_path: Path) -> None:
+    async with swarm_node(tmp_path / "a") as a:
+        a.serves(Script(("here",)))
+        answer = await a.answers.open(None, QUESTION)
+        assert answer.answered_by == a.key
+        assert await text_of(answer.deltas) == "here"
+
+
+async def test_unknown_ambiguous_and_unserved_are_told_apart(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        a, b = await two(stack, tmp_path, None, Script(fails=Busy("chat", "all slots are taken")))
+        with pytest.raises(NotFound):
+            await b.answers.open("aaaaaaa", QUESTION)
+        with pytest.raises(Unserved, match="all slots are taken"):
+            await b.answers.open(CID, QUESTION)
+        other = leaf_cid(b"other")
+        a.holds(other, "held only")
+        await until(lambda: len(b.table.offers()) == 2)
+        with pytest.raises(Unserved, match="nobody serves it now"):
+            await b.answers.open("held only", QUESTION)
+        a.serves(Script(), leaf_cid(b"third"), "held only")
+        await until(lambda: len(b.table.offers()) == 3)
+        with pytest.raises(Ambiguous):
+            await b.answers.open("held only", QUESTION)
+        with pytest.raises(UsageError):
+            await b.answers.open("https://example.com/x.gguf", QUESTION)
+
+
+async def test_nobody_at_all(tmp_path: Path) -> None:
+    async with swarm_node(tmp_path / "a") as a:
+        with pytest.raises(Unserved, match="nobody serves any"):
+            await a.answers.open(None, QUESTION)
+
+
+# -- the door -----------------------------------------------------------------------------------------------------------
+
+
+async def relayed(near: asyncio.StreamReader, far: asyncio.StreamWriter, seen: bytearray) -> None:
+    while data := await near.read(65536):
+        seen += data
+        far.write(data)
+        await far.drain()
+    far.close()
+
+
+async def test_what_lies_between_sees_nothing(tmp_path: Path) -> None:
+    """A relay between the two nodes records every byte of both directions."""
+    seen = bytearray()
+    async with AsyncExitStack() as stack:
+        a, b = await two(stack, tmp_path, None, Script(("a ", "confidential ", "reply")))
+        host, port = "127.0.0.1", int(a.door_url.rpartition(":")[2])
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            far_reader, far_writer = await asyncio.open_connection(host, port)
+            await asyncio.gather(relayed(reader, far_writer, seen), relayed(far_reader, writer, seen))
+
+        server = await asyncio.start_server(relay, host, 0)
+        stack.push_async_callback(server.wait_closed)
+        stack.callback(server.close)
+        through = f"http://{host}:{server.sockets[0].getsockname()[1]}"
+        peer = b.table.peer(a.key)
+        assert peer is not None
+        peer = replace(peer, address=Address(a.key, http=(through,)))
+        provider = PeerProvider(peer, CID, ipfs=lambda: None, http=b.http, clock=time.time)
+        assert await text_of(provider.chat(QUESTION)) == "a confidential reply"
+    assert b"/swarm/1/chat" in seen
+    for word in (b"private", b"prompt", b"confidential", b"reply", CID.encode(), b"messages"):
+        assert word not in seen
+
+
+async def test_a_truncated_answer_is_not_an_answer(tmp_path: Path) -> None:
+    """A relay that ends the HTTP body properly, but one frame too early."""
+
+    async def cut(request: aiohttp.web.Request) -> aiohttp.web.Response:
+        async with b.http.post(a.door_url + request.path, data=await request.read(), headers={"Content-Type": REQUEST_TYPE}) as answer:
+            whole = await answer.read()
+        return aiohttp.web.Response(body=whole[:-40], content_type=answer.content_type)
+
+    async with AsyncExitStack() as stack:
+        a, b = await two(stack, tmp_path, None, Script())
+        app = aiohttp.web.Application()
+        app.router.add_post("/swarm/1/chat", cut)
+        runner = aiohttp.web.AppRunner(app)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
+        peer = b.table.peer(a.key)
+        assert peer is not None
+        peer = replace(peer, address=Address(a.key, http=(f"http://127.0.0.1:{runner.addresses[0][1]}",)))
+        deltas = PeerProvider(peer, CID, ipfs=lambda: None, http=b.http, clock=time.time).chat(QUESTION)
+        with pytest.raises(VerificationError, match="cut off"):
+            await text_of(deltas)
+
+
+async def test_a_silent_peer_is_given_up(tmp_path: Path) -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with AsyncExitStack() as stack:
+        a, b = await two(stack, tmp_path, None, Script())
+        server = await asyncio.start_server(silent, "127.0.0.1", 0)
+        stack.push_async_callback(server.wait_closed)
+        stack.callback(server.close)
+        peer = b.table.peer(a.key)
+        assert peer is not None
+        peer = replace(peer, address=Address(a.key, http=(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}",)))
+        with pytest.raises(Unserved):
+            await text_of(PeerProvider(peer, CID, ipfs=lambda: None, http=b.http, clock=time.time, stall_s=0.3).chat(QUESTION))
+
+
+async def test_the_door_gives_objects_and_nothing_else(tmp_path: Path) -> None:
+    async with swarm_node(tmp_path / "a") as a:
+        data = b"a manifest"
+        a.objects[leaf_cid(data)] = data
+        async with a.http.get(f"{a.door_url}/swarm/1/object/{leaf_cid(data)}") as response:
+            assert (response.status, await response.read()) == (200, data)
+        for path, status in {
+            f"/swarm/1/object/{leaf_cid(b'unknown')}": 404,
+            "/swarm/1/object/..%2f..%2fnode.key": 400,
+            "/swarm/1/object/x": 400,
+            "/api/status": 404,
+            "/v1/models": 404,
+            "/": 404,
+            "/swarm/1/chat": 405,
+        }.items():
+            async with a.http.get(a.door_url + path) as response:
+                body = await response.json()
+                assert (response.status, set(body["error"])) == (status, {"code", "message", "hint"}), path
+                assert response.headers["Server"] == "swarmctl"
+                assert str(tmp_path) not in json.dumps(body)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "body", "status"),
+    [
+        ("announce", {"Content-Type": "application/json"}, b"{", 400),
+        ("announce", {"Content-Type": "application/json"}, b'{"envelopes":[1]}', 400),
+        ("announce", {"Content-Type": "application/json"}, b" " * (256 << 10) + b" ", 413),
+        ("announce", {"Content-Type": "text/plain"}, b'{"envelopes":[]}', 415),
+        ("announce", {"Content-Type": "application/json", "Content-Encoding": "gzip"}, b"x", 415),
+        ("announce", {"Content-Type": "application/json", "Origin": "https://evil.example"}, b'{"envelopes":[]}', 403),
+        ("chat", {"Content-Type": REQUEST_TYPE}, b"x" * 500, 400),
+        ("chat", {"Content-Type": REQUEST_TYPE}, b"x" * ((4 << 20) + 1), 413),
+        ("chat", {"Content-Type": "application/json"}, b"{}", 415),
+    ],
+)
+async def test_what_the_door_refuses(tmp_path: Path, path: str, headers: dict[str, str], body: bytes, status: int) -> None:
+    async with swarm_node(tmp_path / "a") as a:
+        async with a.http.post(f"{a.door_url}/swarm/1/{path}", data=io.BytesIO(body), headers=headers) as response:
+            assert response.status == status
+        assert not any(loop.state == "crashed" for loop in a.supervisor.state().values())
+
+
+async def test_wrong_envelopes_are_left_out_and_the_others_taken(tmp_path: Path) -> None:
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b:
+        good = (await b.announcer.own_pages())[0]
+        body = json.dumps({"envelopes": ["{}", good.decode().replace("payload", "payIoad"), good.decode(), good.decode()]})
+        async with a.http.post(a.door_url + "/swarm/1/announce", data=body, headers={"Content-Type": "application/json"}) as response:
+            assert response.status == 200
+        assert [peer.node for peer in a.table.peers()] == [b.key]
+
+
+async def test_floods_and_too_many_chats_are_answered_by_429(tmp_path: Path) -> None:
+    limits = Limits(chats=1, announce_rate=0.001, announce_burst=3)
+    async with AsyncExitStack() as stack:
+        script = Script(hang_after=1)
+        a = await stack.enter_async_context(swarm_node(tmp_path / "a", limits=limits))
+        b = await stack.enter_async_context(swarm_node(tmp_path / "b"))
+        a.serves(script)
+        await b.announcer.join(a.announcer.address())
+        await until(lambda: b.sees(a, serving=True))
+        answer = await b.answers.open(CID, QUESTION)
+        await anext(answer.deltas)
+        with pytest.raises(Unserved, match="as many chats as it takes"):
+            await b.answers.open(CID, QUESTION)
+        await answer.deltas.aclose()
+        statuses = set()
+        for _ in range(5):
+            async with a.http.post(
+                a.door_url + "/swarm/1/announce", data=b'{"envelopes":[]}', headers={"Content-Type": "application/json"}
+            ) as response:
+                statuses.add(response.status)
+        assert 429 in statuses
+
+
+async def test_a_body_that_never_ends_is_cut_off(tmp_path: Path) -> None:
+    async with swarm_node(tmp_path / "a", limits=Limits(body_s=0.2)) as a:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(a.door_url.rpartition(":")[2]))
+        writer.write(b"POST /swarm/1/announce HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+        async with asyncio.timeout(10):
+            assert b" 408 " in await reader.readline()
+        writer.close()
+
+
+async def test_a_connection_that_says_nothing_is_closed() -> None:
+    async with open_door(aiohttp.web.Application(), "127.0.0.1", 0, header_s=0.2) as port:
+        for begin in (b"", b"POST /swarm/1/announce HTTP/1.1\r\nHost: x\r\nX-Slow: "):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(begin)
+            async with asyncio.timeout(10):
+                assert await reader.read() == b""
+            writer.close()
+
+
+async def test_a_port_that_is_taken_is_an_error() -> None:
+    app = aiohttp.web.Application
+    async with open_door(app(), "127.0.0.1", 0) as port:
+        with pytest.raises(Unavailable, match=str(port)):
+            async with open_door(app(), "127.0.0.1", port):
+                pass
+
+
+async def test_the_stream_protocol_reaches_the_door_and_only_the_door(tmp_path: Path, kubo_binary: Path) -> None:
+    async with AsyncExitStack() as stack:
+        a, b = await two(stack, tmp_path, kubo_binary, Script(), door=False)
+        assert b.ipfs is not None and a.ipfs is not None
+        async with b.ipfs.dial(PROTOCOL, (await a.ipfs.identity()).peer_id) as (host, port):
+            async with b.http.get(f"http://{host}:{port}/api/status", headers={"Connection": "close"}) as response:
+                assert response.status == 404
