@@ -1,8 +1,8 @@
 """Reading files from IPFS: their layout, their leaves, ranges of them; each with a deadline or a stall limit.
 
-Ranges are read leaf by leaf, not by `cat?offset&length`. At the end of such a range Kubo cancels the leaves that it had
-prefetched, and when the next range wants them at that moment, its Bitswap can lose them: the asker waits for leaves that the
-giver no longer knows to be wanted.
+Ranges are read leaf by leaf, not by `cat?offset&length`. Measured on Kubo 0.43.0, two nodes: parallel `cat` ranges hung 12 times in
+4 GiB (the asker's Bitswap wants leaves that the giver does not list as wanted; it looks as if the end of a range cancels prefetched
+leaves that the next range has just asked for); leaf by leaf none hung in 8 GiB, at the same speed or better.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from daemon.ipfs.rpc import Rpc, RpcError
 from registry.cid import parse_cid
 from registry.errors import Malformed
 
-_AHEAD = 4  # leaves in flight per range; 16 in all over four ranges were best on two cores
+_AHEAD = 4  # leaves in flight per range, so 16 over four ranges; more brought nothing that could be told from noise
 _WALKERS = 8
 _LAYOUTS = 8
 
