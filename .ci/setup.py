@@ -277,6 +277,10 @@ def build_llama(lane: Lane, arguments: list[str], model: threading.Event) -> Non
 def kubo(lane: Lane) -> None:
     lane.say("0.43 or newer, from PATH, the cache, the official release or Go")
     lane.must([sys.executable, "-m", "daemon.ipfs.install", "--cache", str(CACHE / "kubo")], progress=r"^\[ *\d+ s\] (.*)")
+    built, link = CACHE / "kubo" / "ipfs", VENV / "bin" / "ipfs"
+    if built.exists():  # not when a good one is on PATH
+        link.unlink(missing_ok=True)
+        link.symlink_to(built)
 
 
 def model(lane: Lane) -> None:

@@ -1,7 +1,7 @@
 """Which Kubo is run, and where it comes from when there is none.
 
-Found, in this order: the one that the settings name, one on PATH that is new enough, the one that was installed into a cache
-folder. Installed, in this order:
+Found, in this order: the one that the settings name, one on PATH that is new enough, one in our virtual environment, the one
+that was installed into a cache folder. Installed, in this order:
 
 - the official release, if its archive has the sha512 that is pinned here; only one member is read from it, by its exact name;
 - `go build` from the committed `gomod/go.mod` and `gomod/go.sum`, which check the hash of every module.
@@ -100,6 +100,7 @@ def find(configured: str = "", cache: Path | None = None) -> Path | None:
         return Path(path)
     on_path = shutil.which("ipfs")
     candidates = [Path(on_path)] if on_path else []
+    candidates.append(Path(sys.prefix) / "bin" / "ipfs")  # where the set-up of a checkout puts it
     candidates.append((default_cache() if cache is None else cache) / "ipfs")
     return next((path for path in candidates if _new_enough(path)), None)
 

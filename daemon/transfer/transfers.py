@@ -123,7 +123,7 @@ class Transfers:
         """The transfer, again and again while it changes, and a last time when it has ended."""
         transfer = self.get(transfer_id)
         task = self._tasks.get(transfer_id)
-        while transfer.state not in FINAL and task is not None:
+        while task is not None and not task.done():
             yield transfer
             await asyncio.wait([task], timeout=_TICK_S)
         yield transfer

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swarmctl.context import Command, Context, pass_context
-from swarmctl.failure import BUG, Failure, INTERRUPTED, IN_THE_WAY, NOT_VERIFIED
+from swarmctl.failure import BUG, IN_THE_WAY, INTERRUPTED, NOT_VERIFIED, Failure
 
 if TYPE_CHECKING:
     from swarmctl.client import Client
@@ -135,7 +135,7 @@ def _finish(context: Context, transfer: dict[str, Any]) -> None:
     if transfer.get("state") == "cancelled":
         raise Failure(INTERRUPTED, f"{transfer['ref']}: cancelled by somebody else", "run the same command again: it goes on where it was")
     if transfer.get("state") not in ("done", "failed"):
-        raise Failure(IN_THE_WAY, "daemon: it went away in the middle of the transfer", "run the same command again: it goes on where it was")
+        raise Failure(IN_THE_WAY, "daemon: it went away in the middle of the transfer", "run the command again: it goes on where it was")
     if not transfer.get("model"):
         raise Failure(BUG, "daemon: the transfer ended without a model", "see logs/daemon.log in the data folder")
     document = {**transfer["model"], **{name: transfer[name] for name in ("received", "sources", "notes")}}
