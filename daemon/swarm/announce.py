@@ -80,7 +80,6 @@ class Announcer:
         self.ipfs: IpfsNode | None = None
         self.neighbours: frozenset[str] = frozenset()  # peer ids that listen to the topic and are connected to us
         self.heard: set[str] = set()  # nodes that said something since the start, or since IPFS came back
-        self.last_refusal = ""  # why the last announcement was not believed, for `status`
         self._key = key
         self._table = table
         self._ledger = ledger
@@ -99,6 +98,7 @@ class Announcer:
         self._composing = asyncio.Lock()
         self._wanted = asyncio.Event()
         self._hello = True
+        self._refusal = ""
         self._answer: asyncio.TimerHandle | None = None
         self._pass_on: deque[bytes] = deque(maxlen=64)
         self._tell_again: set[str] = set()
@@ -155,7 +155,10 @@ class Announcer:
             new = said.node not in self.heard
             self.heard.add(said.node)
         except (Malformed, NotVerified, Stale, Refused, Busy) as error:
-            self.last_refusal = str(error)
+            # The same reason again and again, as from a node whose clock is off, is one line in the log.
+            if str(error) != self._refusal:
+                self._refusal = str(error)
+                _log.info("an announcement was refused: %s", error)
             raise
         if new or said.hello:
             self._answer_soon()
@@ -322,8 +325,7 @@ class Announcer:
                 continue
             try:
                 said = await self.receive(message.data)
-            except (Malformed, NotVerified, Stale, Refused, Busy) as error:
-                _log.debug("an announcement from %s was refused: %s", message.sender, error)
+            except (Malformed, NotVerified, Stale, Refused, Busy):
                 continue
             _log.debug("%s announced %d offers", said.node[:16], len(said.offers))
             for url in self._without_ipfs():
