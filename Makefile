@@ -16,7 +16,7 @@ setup:  ## packages into .venv, Kubo and a small model into .cache (about five m
 
 # Empty where set-up took the Kubo that is on PATH: then the nodes find it there too.
 demo: setup  ## the main job on three nodes of this machine
-	@SWARMCTL_IPFS_BINARY="$$(ls "$(CURDIR)/.cache/kubo/ipfs" 2>/dev/null)" $(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py
 
 lint: setup
 	$(BIN)/ruff check

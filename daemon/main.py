@@ -45,10 +45,11 @@ from daemon.swarm.peers import PeerTable
 from daemon.swarm.relay import ChatServer
 from daemon.swarm.seal import SealKeys
 from daemon.torrent.session import TorrentSession
+from daemon.transfer.fetch import Patience, Sources
 from daemon.transfer.library import Library
 from daemon.transfer.objects import Objects
 from daemon.transfer.publish import Publisher
-from daemon.transfer.pull import Patience, Puller
+from daemon.transfer.pull import Puller
 from daemon.transfer.resolve import Resolver
 from daemon.transfer.resolve import parse as parse_ref
 from daemon.transfer.seeding import Seeding
@@ -233,10 +234,9 @@ class _Daemon:
         stack.push_async_callback(transfers.close)
         publisher = Publisher(has.store, has.library, self._key)
         resolver = Resolver(Objects(self._ipfs, voice.http), voice.peers, has.trust, self._ipfs, config.ipfs.enabled)
-        puller = Puller(
-            has.store, has.library, resolver, publisher, has.torrents, self._ipfs, config.ipfs.enabled,
-            RateLimit(config.transfer.download_rate), Patience(config.transfer.stall, config.transfer.give_up),
-        )  # fmt: skip
+        patience = Patience(config.transfer.stall, config.transfer.give_up)
+        sources = Sources(self._ipfs, config.ipfs.enabled, RateLimit(config.transfer.download_rate), patience)
+        puller = Puller(has.store, has.library, resolver, publisher, has.torrents, sources)
         return transfers, puller, publisher
 
     async def _start(self, voice: _Voice, has: _Holdings) -> None:

@@ -47,7 +47,7 @@ class Status:
     async def read(self) -> dict[str, Any]:
         address = self._announcer.address()
         ipfs = await self._ipfs()
-        served = self._serving.served()
+        served = [model.identity for model in self._library.models() if model.identity.blake3 in self._serving.served()]
         troubles = {name: loop.error for name, loop in self._supervisor.state().items() if loop.state != "running"}
         return {
             "state": "degraded" if ipfs["state"] == "down" or troubles else "ready",
@@ -63,7 +63,7 @@ class Status:
             "ipfs": ipfs,
             "bittorrent": self._bittorrent(),
             "models": len(self._library.models()),
-            "serving": [codes.short(codes.code_of_infohash_v2(m.identity.infohash_v2)) for m in self._library.models() if m.identity.blake3 in served],
+            "serving": [codes.short(codes.code_of_infohash_v2(identity.infohash_v2)) for identity in served],
             "transfers": sum(transfer.state not in FINAL for transfer in self._transfers.all()),
             "troubles": troubles,
         }  # fmt: skip

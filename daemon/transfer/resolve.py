@@ -72,7 +72,7 @@ class Resolver:
         """Raises `UsageError`, `NotFound`, `Ambiguous`, `Unserved`, `VerificationError` or `Refused`."""
         match parse(text):
             case refs.PathRef(path=path):
-                return Plan(ref=text, name=Path(path).stem, file=Path(path).expanduser())
+                return Plan(ref=text, name=Path(path).stem, file=Path(path))
             case refs.CodeRef() | refs.NameRef() as ref:
                 return await self._from_offers(text, await self._announced(text, ref))
             case refs.CidRef(cid=cid):

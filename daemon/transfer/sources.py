@@ -135,7 +135,7 @@ class IpfsSource:
         self._to_drop: list[str] = []
 
     async def run(self) -> None:
-        """Until no piece is missing that another source is not bringing. Raises `Unserved`, `Unavailable`, `VerificationError`, `NoSpace`."""
+        """Until nobody has to bring any piece. Raises `Unserved`, `Unavailable`, `VerificationError` or `NoSpace`."""
         workers = [asyncio.create_task(self._work()) for _ in range(_WORKERS)]
         try:
             await asyncio.gather(*workers)
