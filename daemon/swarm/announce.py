@@ -167,11 +167,10 @@ class Announcer:
     async def exchange(self, envelopes: list[bytes]) -> list[bytes]:
         """One HTTP exchange: take in what is right of `envelopes`, give back ours and those of the others."""
         await self.take_in(envelopes)
-        if not self._own:
-            await self._compose(await self._describe())
+        own = await self.own_pages()
         brought = set(envelopes)
         others = {node: [page for page in pages if page not in brought] for node, pages in self._table.envelopes().items()}
-        return exchange.chosen(self._own, others, shuffle=self._random)
+        return exchange.chosen(own, others, shuffle=self._random)
 
     async def take_in(self, envelopes: Sequence[bytes]) -> list[str]:
         """Envelopes that came over HTTP; why each was refused, "" where it was not.
@@ -192,8 +191,8 @@ class Announcer:
         return refusals
 
     async def own_pages(self) -> list[bytes]:
-        """Our signed pages as they were last said."""
-        if not self._own:
+        """Our signed pages as things are now, whether they have been said yet or not."""
+        if not self._own or self._wanted.is_set():
             await self._compose(await self._describe())
         return self._own
 
@@ -203,6 +202,8 @@ class Announcer:
         self._identity = await node.identity()
         await node.listen(PROTOCOL, self._door_port)
         self.ipfs = node
+        # Pages without our peer id would look like another node's to whoever comes over IPFS.
+        self._own = []
         self._hello = True
         self._supervisor.run("pubsub", lambda: self._hear(node), restart=True)
         self._supervisor.run("pubsub neighbours", lambda: self._watch_neighbours(node), restart=True)
