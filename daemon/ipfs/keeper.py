@@ -80,7 +80,7 @@ class IpfsKeeper:
         try:
             await process.start()
             async with Rpc(process.api) as rpc:
-                await self._live(KuboNode(rpc, repo=config.home / "ipfs"), process.wait())
+                await self._live(KuboNode(rpc, repo=config.home / "ipfs"), process.wait)
             raise Unavailable("Kubo", "it died", "it is started again; logs/kubo.log says more")
         finally:
             await self._leave()
@@ -92,17 +92,17 @@ class IpfsKeeper:
         try:
             async with Rpc(self._config.ipfs.rpc) as rpc:
                 node = KuboNode(rpc, repo=None)
-                await self._live(node, _until_silent(node))
+                await self._live(node, lambda: _until_silent(node))
         finally:
             await self._leave()
 
-    async def _live(self, node: IpfsNode, ended: Awaitable[object]) -> None:
+    async def _live(self, node: IpfsNode, ended: Callable[[], Awaitable[object]]) -> None:
         self.version = await node.version()
         await self._on_ready(node)
         self.node, self.state, self.reason = node, "ready", ""
         self.settled.set()
         self._fresh.set()
-        await ended
+        await ended()
 
     async def _leave(self) -> None:
         was_ready, self.node = self.node is not None, None

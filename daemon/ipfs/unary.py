@@ -7,10 +7,12 @@ only its thread be left behind, so calls must be short.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ipfshttpclient
+from ipfshttpclient import requests_wrapper
 
 from daemon.ipfs.rpc import gone, refused
 
@@ -36,6 +38,18 @@ def _run(multiaddr: str, call: Callable[[Any], T]) -> T:
         for adapter in client._client._session.adapters.values():
             # It still sets this option, of which urllib3 2 warns at every request and which urllib3 3 refuses.
             adapter.poolmanager.connection_pool_kw.pop("strict", None)
+            adapter.poolmanager.pool_classes_by_scheme["http+unix"] = _pool_of(multiaddr.removeprefix("/unix"))
         return call(client)
     finally:
         client.close()
+
+
+def _pool_of(path: str) -> type:
+    """Connections to the unix socket at `path`, which goes through requests as the host of a URL and would end in lower case."""
+
+    def connect(connection: Any) -> socket.socket:
+        found: socket.socket = requests_wrapper.create_connection((path, None), connection.timeout, family=socket.AF_UNIX)
+        return found
+
+    kind = type("UnixConnection", (requests_wrapper.HTTPConnection,), {"_new_conn": connect})
+    return type("UnixConnectionPool", (requests_wrapper.HTTPConnectionPool,), {"ConnectionCls": kind})

@@ -32,12 +32,13 @@ asyncio.run(main())
 
 
 async def test_starts_answers_and_stops(kubo_binary: Path, tmp_path: Path) -> None:
-    process = make_process(kubo_binary, tmp_path)
+    home = tmp_path / "Capitals, spaces & 100%"  # a URL would change them, and the RPC's socket lies there
+    process = make_process(kubo_binary, home)
     assert process.pid is None
     await process.stop()  # nothing to stop is no error
     await process.start()
     async with Rpc(process.api) as rpc:
-        node = KuboNode(rpc, repo=tmp_path / "ipfs")
+        node = KuboNode(rpc, repo=home / "ipfs")
         identity = await node.identity()
         assert all(address.startswith("/ip4/127.0.0.1/tcp/") for address in identity.addresses)
         assert (await node.version()).startswith("0.4")
