@@ -29,7 +29,6 @@ from daemon.api.app import create_app
 from daemon.api.services import Services
 from daemon.config import Config
 from daemon.engine.host import EngineHost
-from daemon.engine.serving import Serving
 from daemon.errors import SwarmError, Unavailable, UsageError
 from daemon.home import Home
 from daemon.ipfs.interface import IpfsNode
@@ -44,6 +43,7 @@ from daemon.swarm.offering import Offering
 from daemon.swarm.peers import PeerTable
 from daemon.swarm.relay import ChatServer
 from daemon.swarm.seal import SealKeys
+from daemon.swarm.serving import Serving
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Patience, Sources
 from daemon.transfer.library import Library
@@ -120,6 +120,7 @@ class _Voice:
     http: aiohttp.ClientSession
     supervisor: Supervisor
     serving: Serving
+    offering: Offering
     peers: PeerTable
     answers: Answers
     announcer: Announcer
@@ -215,7 +216,7 @@ class _Daemon:
             ledger=has.ledger,
             supervisor=supervisor,
             seal_keys=seal_keys,
-            describe=offering.offers,
+            describe=offering.describe,
             bittorrent=lambda: network.bittorrent_addresses(config.network, has.torrents.port) if has.torrents is not None else (),
             door_port=door_port,
             door_urls=network.door_urls(config.network, config.swarm.host, door_port),
@@ -226,7 +227,7 @@ class _Daemon:
         )
         self._announcer = announcer
         stack.push_async_callback(announcer.close)
-        return _Voice(http, supervisor, serving, peers, answers, announcer)
+        return _Voice(http, supervisor, serving, offering, peers, answers, announcer)
 
     async def _transfers(self, stack: AsyncExitStack, has: _Holdings, voice: _Voice) -> tuple[Transfers, Puller, Publisher]:
         config = self._config
@@ -279,6 +280,7 @@ class _Daemon:
         )  # fmt: skip
         services = Services(
             library=has.library, pull=pull, publish=publish, transfers=transfers, serving=voice.serving, peers=voice.peers,
+            own_offers=voice.offering.offers,
             announcer=voice.announcer, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,
         )  # fmt: skip
         runner = web.AppRunner(

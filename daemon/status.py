@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 from daemon.config import Config
-from daemon.engine.serving import Serving
 from daemon.errors import SwarmError
 from daemon.ipfs.keeper import IpfsKeeper
 from daemon.supervise import Supervisor
 from daemon.swarm.announce import Announcer
+from daemon.swarm.serving import Serving
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.library import Library
 from daemon.transfer.transfers import FINAL, Transfers

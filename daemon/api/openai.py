@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ from daemon.api.body import Fields
 from daemon.api.services import Answer, Answers, Services, services
 from daemon.engine.interface import ChatRequest
 from daemon.errors import Ambiguous, NotFound
-from registry import codes, refs
-from registry.errors import Malformed
+from registry import codes, routing
+from registry.errors import AmbiguousRef, Malformed
+from registry.routing import SwarmModel
 
 # These cannot change the answer: names, bookkeeping, hints about speed and price.
 IGNORED = (
@@ -108,11 +109,13 @@ def _stream_options(fields: Fields, stream: bool) -> bool:
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    return web.json_response({"object": "list", "data": _models(services(request))})
+    known = services(request)
+    return web.json_response({"object": "list", "data": [_model(known, model) for model in _served(known)]})
 
 
 async def get_model(request: web.Request) -> web.StreamResponse:
-    return web.json_response(resolve(_models(services(request)), request.match_info["id"]))
+    known = services(request)
+    return web.json_response(_model(known, resolve(_served(known), request.match_info["id"])))
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -157,39 +160,25 @@ def _choice(delta: dict[str, str], finish: str | None) -> dict[str, Any]:
 # -- models -------------------------------------------------------------------------------------------------------------
 
 
-def _models(known: Services) -> list[dict[str, Any]]:
+def _served(known: Services) -> list[SwarmModel]:
     """Every model that somebody serves now: those can be asked."""
-    own = {model.identity.cid: model for model in known.library.models()}
-    return [_model(entry, own) for entry in views.swarm_models(known) if entry["serving"]]
+    return [model for model in views.swarm_models(known) if model.serving]
 
 
-def _model(entry: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    local = own.get(entry["cid"])
+def _model(known: Services, model: SwarmModel) -> dict[str, Any]:
+    local = next((mine for mine in known.library.models() if mine.identity.cid == model.cid), None)
     created = 0 if local is None else views.seconds(local.added)
-    return {"id": entry["code"], "object": "model", "created": created, "owned_by": "swarmctl", **entry}
+    return {"id": model.code, "object": "model", "created": created, "owned_by": "swarmctl", **views.swarm_model(model)}
 
 
-def resolve(models: list[dict[str, Any]], wanted: str) -> dict[str, Any]:
+def resolve(models: Sequence[SwarmModel], wanted: str) -> SwarmModel:
     """The one model that a code (with or without `#`), CID or name means. Raises `NotFound` or `Ambiguous`."""
-    found = [model for model in models if _means(wanted, model)]
-    if not found:
-        raise NotFound("model", f"nobody serves {wanted[:80]!a}", "GET /v1/models lists what is served")
-    if len(found) > 1:
-        raise Ambiguous("model", f"{wanted[:80]!a} means {len(found)} models", "use a longer code or the CID")
-    return found[0]
-
-
-def _means(wanted: str, model: dict[str, Any]) -> bool:
     try:
-        ref = refs.parse_ref(wanted)
+        found = routing.resolve(wanted, models)
     except Malformed:
-        return False  # a client asks for ids of other services, such as owner/model: not here, and no error of form
-    match ref:
-        case refs.CodeRef(code=code, name=name):
-            return any(full.startswith(code) for full in codes.codes_of(model["cid"], model["infohash_v2"])) or model["name"] == name
-        case refs.CidRef(cid=cid):
-            return bool(cid == model["cid"])
-        case refs.NameRef(name=name):
-            return bool(name == model["name"])
-        case _:
-            return False
+        found = None  # a client asks for ids of other services, such as owner/model: not here, and no error of form
+    except AmbiguousRef as error:
+        raise Ambiguous("model", f"{wanted[:80]!a} means several: {', '.join(error.candidates)}", "use a longer code or the CID") from error
+    if found is None:
+        raise NotFound("model", f"nobody serves {wanted[:80]!a}", "GET /v1/models lists what is served")
+    return found

@@ -142,6 +142,7 @@ class Services:
     transfers: Transfers
     serving: Serving
     peers: PeerTable
+    own_offers: Callable[[], Sequence[Offer]]
     announcer: Announcer
     answers: Answers
     trust: TrustBook

@@ -19,7 +19,7 @@ ENVELOPE = 16 * 1024  # bytes; an envelope of 8 KiB in base64, with its signatur
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    return web.json_response(views.swarm_models(services(request)))
+    return web.json_response([views.swarm_model(known) for known in views.swarm_models(services(request))])
 
 
 async def list_peers(request: web.Request) -> web.StreamResponse:

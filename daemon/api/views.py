@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from daemon.api.services import KeyEntry, Services, Transfer
 from daemon.engine.interface import Served, Usage
-from registry import codes, refs
+from registry import codes, refs, routing
 from registry.address import format_address
-from registry.records import Model, Offer, Peer
-
-T = TypeVar("T", str, int)
-
-
-@dataclass(frozen=True, slots=True)
-class Reach:
-    """What is known of one CID beyond this machine: offers by other nodes, counted."""
-
-    nodes: int
-    seeders: int  # the most that any node sees, and never fewer than the nodes that hold it
-    peers: int
-    serving: bool
-
-
-def reach(offers: Iterable[Offer], cid: str, *, local: bool, serving: bool) -> Reach:
-    mine = [offer for offer in offers if offer.cid == cid]
-    nodes = len({offer.node for offer in mine}) + local
-    return Reach(
-        nodes=nodes,
-        seeders=max([nodes, *(offer.seeders for offer in mine)]),
-        peers=max([0, *(offer.peers for offer in mine)]),
-        serving=serving or any(offer.serving for offer in mine),
-    )
+from registry.records import Model, Peer
+from registry.routing import SwarmModel
 
 
 def code_of(cid: str, infohash_v2: str | None) -> str:
@@ -46,8 +22,7 @@ def code_of(cid: str, infohash_v2: str | None) -> str:
 def model(services: Services, model: Model) -> dict[str, Any]:
     """A model of this node. `local` is false once it was removed."""
     identity = model.identity
-    serving = identity.blake3 in services.serving.served()
-    known = reach(services.peers.offers(), identity.cid, local=True, serving=serving)
+    known = next((entry for entry in swarm_models(services) if entry.cid == identity.cid), None)
     return {
         "name": model.name,
         "size": identity.size,
@@ -62,9 +37,9 @@ def model(services: Services, model: Model) -> dict[str, Any]:
         "path": str(services.library.path(model)),
         "signed_by": model.signed_by,
         "trust": services.library.trust(model),
-        "serving": serving,
-        "seeders": known.seeders,
-        "peers": known.peers,
+        "serving": identity.blake3 in services.serving.served(),
+        "seeders": known.seeders if known is not None else 0,
+        "peers": known.peers if known is not None else 0,
         "local": True,
         "state": "ready" if model.quarantined is None else "quarantined",
         "reason": model.quarantined,
@@ -96,44 +71,28 @@ def transfer(services: Services, item: Transfer) -> dict[str, Any]:
     }
 
 
-def swarm_models(services: Services) -> list[dict[str, Any]]:
-    """Every model that this node or another offers, the most widely held first."""
-    local = {m.identity.cid: m for m in services.library.models() if m.quarantined is None}
-    offers: dict[str, list[Offer]] = {cid: [] for cid in local}
-    for offer in services.peers.offers():
-        offers.setdefault(offer.cid, []).append(offer)
-    entries = [_swarm_model(services, cid, found, local.get(cid)) for cid, found in offers.items()]
-    return sorted(entries, key=lambda e: (not e["serving"], -e["nodes"], -e["seeders"], e["name"], e["cid"]))
+def swarm_models(services: Services) -> list[SwarmModel]:
+    """Every model that this node or another offers: served ones first, then the most widely held."""
+    return routing.aggregate(services.peers.offers(), services.own_offers())
 
 
-def _swarm_model(services: Services, cid: str, offers: Sequence[Offer], own: Model | None) -> dict[str, Any]:
-    """What is said about one CID: by this node where it holds the model, else by most of those who offer it."""
-    known = reach(offers, cid, local=own is not None, serving=own is not None and own.identity.blake3 in services.serving.served())
-    name = own.name if own else most(offer.name for offer in offers) or ""
-    size = own.identity.size if own else most(offer.size for offer in offers) or 0
-    infohash = own.identity.infohash if own else most(offer.infohash for offer in offers)
-    infohash_v2 = own.identity.infohash_v2 if own else most(offer.infohash_v2 for offer in offers)
+def swarm_model(known: SwarmModel) -> dict[str, Any]:
+    infohash, infohash_v2 = known.infohash, known.infohash_v2
     return {
-        "name": name,
-        "size": size,
-        "code": code_of(cid, infohash_v2),
-        "cid": cid,
+        "name": known.name,
+        "size": known.size,
+        "code": known.code,
+        "cid": known.cid,
         "infohash": infohash,
         "infohash_v2": infohash_v2,
-        "magnet": refs.magnet(infohash, infohash_v2, name, size) if infohash or infohash_v2 else None,
-        "manifest": own.manifest if own else most(offer.manifest for offer in offers),
+        "magnet": refs.magnet(infohash, infohash_v2, known.name, known.size) if infohash or infohash_v2 else None,
+        "manifest": known.manifest,
         "serving": known.serving,
         "nodes": known.nodes,
         "seeders": known.seeders,
         "peers": known.peers,
-        "local": own is not None,
+        "local": known.local,
     }
-
-
-def most(values: Iterable[T | None]) -> T | None:
-    """The value that most nodes give; the smallest of those where several are given equally often."""
-    counted = Counter(value for value in values if value is not None)
-    return min(counted, key=lambda value: (-counted[value], value)) if counted else None
 
 
 def peer(services: Services, item: Peer) -> dict[str, Any]:

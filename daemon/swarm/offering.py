@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from daemon.engine.serving import Serving
 from daemon.swarm.relay import LocalModel
+from daemon.swarm.serving import Serving
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.library import Library
 from registry.records import Model, Offer
@@ -16,9 +16,12 @@ class Offering:
         self._serving = serving
         self._torrents = torrents
 
-    async def offers(self) -> list[Offer]:
+    def offers(self) -> list[Offer]:
         """Every sound model, whether it is served or only held."""
         return [self._offer(model) for model in self._library.models() if model.quarantined is None]
+
+    async def describe(self) -> list[Offer]:
+        return self.offers()
 
     def local_models(self) -> list[LocalModel]:
         """The models that answer here."""

@@ -12,16 +12,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from daemon.errors import Ambiguous, NotFound, SwarmError, Unavailable, Unserved, UsageError, VerificationError
 from daemon.ipfs.interface import IpfsNode
-from daemon.swarm.peers import PeerTable
 from daemon.torrent import metainfo
 from daemon.transfer.objects import MANIFEST_LIMIT, TORRENT_LIMIT, Objects, object_cid
 from daemon.trust import TrustBook
 from registry import codes, envelope, manifest, refs, routing
 from registry.errors import Malformed, NotVerified
-from registry.records import Address, Identity, Offer
+from registry.records import Address, Identity, Offer, Peer
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,16 @@ class Plan:
         return key
 
 
+class Announced(Protocol):
+    """What other nodes announce."""
+
+    def offers(self) -> Sequence[Offer]: ...
+    def peer(self, node: str) -> Peer | None: ...
+
+
 class Resolver:
     def __init__(
-        self, objects: Objects, peers: PeerTable, trust: TrustBook, ipfs: Callable[[], IpfsNode | None], ipfs_enabled: bool
+        self, objects: Objects, peers: Announced, trust: TrustBook, ipfs: Callable[[], IpfsNode | None], ipfs_enabled: bool
     ) -> None:
         self._objects = objects
         self._peers = peers

@@ -290,10 +290,20 @@ class World:
             "models": 1, "serving": [], "transfers": 0,
         }  # fmt: skip
 
+    def own_offers(self) -> list[Offer]:
+        return [
+            Offer(
+                NODE, m.identity.cid, m.identity.infohash, m.identity.infohash_v2, m.manifest, m.name, m.identity.size,
+                m.identity.blake3 in self.serving.served(), seeders=1,
+            )
+            for m in self.library.models()
+        ]  # fmt: skip
+
     def services(self) -> Services:
         return Services(
             library=self.library, pull=self.transfers.pull, publish=self.transfers.publish, transfers=self.transfers, serving=self.serving,
-            peers=self.peers, announcer=FakeAnnouncer(), answers=self.answers, trust=self.trust, status=self.status, stop=self.stopped.set,
+            peers=self.peers, own_offers=self.own_offers,
+            announcer=FakeAnnouncer(), answers=self.answers, trust=self.trust, status=self.status, stop=self.stopped.set,
         )  # fmt: skip
 
 

@@ -14,34 +14,20 @@ def offer(node: str, **more: Any) -> Offer:
     return Offer(node=node, cid=CID2, **{**fields, **more})
 
 
-def test_reach_counts_nodes_once_and_believes_the_most_seeders() -> None:
-    offers = [offer("a", seeders=7), offer("a"), offer("b", serving=True, peers=2)]
-    assert views.reach(offers, CID2, local=False, serving=False) == views.Reach(2, 7, 2, True)
-    assert views.reach(offers, CID2, local=True, serving=False).nodes == 3
-    assert views.reach([], CID2, local=True, serving=False) == views.Reach(1, 1, 0, False)
-    assert views.reach(offers, CID, local=False, serving=False) == views.Reach(0, 0, 0, False)
-
-
-def test_most() -> None:
-    assert views.most(["b", "a", None, "b"]) == "b"
-    assert views.most(["b", "a"]) == "a"
-    assert views.most([None, None]) is None
-
-
 async def test_one_liar_does_not_rename_a_model() -> None:
     world = World()
     offers = [offer("a", name="honest", size=5), offer("b", name="honest", size=5), offer("c", name="liar", size=9)]
     world.peers.offers = lambda: offers  # type: ignore[method-assign]
-    entry = next(entry for entry in views.swarm_models(world.services()) if entry["cid"] == CID2)
+    entry = next(views.swarm_model(known) for known in views.swarm_models(world.services()) if known.cid == CID2)
     assert (entry["name"], entry["size"], entry["nodes"], entry["magnet"]) == ("honest", 5, 3, None)
 
 
 async def test_what_is_served_comes_first_then_what_most_hold() -> None:
     world = World()
     services = world.services()
-    assert [entry["serving"] for entry in views.swarm_models(services)] == [True, False]
+    assert [known.serving for known in views.swarm_models(services)] == [True, False]
     world.peers.offers = lambda: []  # type: ignore[method-assign]
-    (entry,) = views.swarm_models(services)
+    (entry,) = map(views.swarm_model, views.swarm_models(services))
     assert (entry["cid"], entry["nodes"], entry["local"]) == (CID, 1, True)
     assert entry["code"] == views.model(services, MODEL)["code"]
 
