@@ -105,7 +105,13 @@ class Fetch:
                 await asyncio.sleep(0.5)
                 continue
             source = IpfsSource(
-                node, cid, self._sink, self._sources.limit, self._from_ipfs, stall_s=_PATIENCE * self._sources.patience.stall
+                node,
+                cid,
+                self._wanted.size,
+                self._sink,
+                self._sources.limit,
+                self._from_ipfs,
+                stall_s=_PATIENCE * self._sources.patience.stall,
             )
             before = self._ipfs_bytes
             try:
@@ -175,8 +181,8 @@ class Fetch:
         return left * elapsed > _SHORT_S * max(self._ipfs_bytes, 1)
 
     def _end_game(self) -> None:
-        """When IPFS holds the last pieces and is silent, BitTorrent may bring them too."""
-        if time.monotonic() - self._last_ipfs > self._sources.patience.stall:
+        """What IPFS has taken on and does not bring may come from BitTorrent too."""
+        if self._sources.ipfs() is None or time.monotonic() - self._last_ipfs > self._sources.patience.stall:
             self._sink.include(self._sink.missing())
 
     def _here(self) -> int:

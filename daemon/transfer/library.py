@@ -113,7 +113,8 @@ class Library:
         if not found:
             raise NotFound(text, "no such model here", "swarmctl ls lists what is here, swarmctl models what others have")
         if len(found) > 1:
-            listing = ", ".join(f"{codes.short(codes.code_of_infohash_v2(m.identity.infohash_v2))} {m.name}" for m in found)
+            told = codes.told_apart([codes.code_of_infohash_v2(model.identity.infohash_v2) for model in found])
+            listing = ", ".join(f"{code} {model.name}" for code, model in zip(told, found, strict=True))
             raise Ambiguous(text, f"means {len(found)} models: {listing}", "use a longer code or the CID")
         return found[0]
 

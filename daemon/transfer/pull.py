@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from daemon.engine import gguf
-from daemon.errors import SwarmError, Unavailable, Unserved, VerificationError
+from daemon.errors import SwarmError, Unavailable, Unserved, UsageError, VerificationError
 from daemon.torrent import metainfo
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Fetch, Sources, Wanted
@@ -119,18 +119,18 @@ class Puller:
             raise Unserved(plan.ref, "nobody tells how large it is", "join a node that has it")
         transfer.size, transfer.name = plan.size, transfer.name or plan.name
         key = plan.key
-        folder = await asyncio.to_thread(self._store.partial, key)
-        path = folder / _FILE
-        await asyncio.to_thread(self._store.require_space, plan.size - await asyncio.to_thread(_on_disk, path), plan.name or plan.ref)
-        transfer.state = "fetching"
-        await self._fetch(transfer, plan, path)
-        transfer.state = "verifying"
+        here = await asyncio.to_thread(_on_disk, self._store.partials / key / _FILE)
+        await asyncio.to_thread(self._store.require_space, plan.size - here, plan.name or plan.ref)
+        path = await asyncio.to_thread(self._store.partial, key) / _FILE
         try:
+            transfer.state = "fetching"
+            await self._fetch(transfer, plan, path)
+            transfer.state = "verifying"
             identified = await identify(path)
             self._compare(plan, identified)
             header = await asyncio.to_thread(gguf.inspect, path)
-        except SwarmError as error:
-            # Every byte came and the whole is wrong: another try with these bytes can only fail again.
+        except (VerificationError, UsageError) as error:
+            # What came is what its name means, and not what was promised: another try with these bytes can only fail again.
             await asyncio.to_thread(self._store.discard, key)
             if isinstance(error, VerificationError):
                 raise

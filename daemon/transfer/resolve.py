@@ -106,7 +106,8 @@ class Resolver:
                 text, "no node that this one knows announces it", "swarmctl models lists what is announced; swarmctl join adds a node"
             )
         if len(models) > 1:
-            listing = ", ".join(f"{model.code} {model.name}" for model in models)
+            told = codes.told_apart([model.codes[0] for model in models])
+            listing = ", ".join(f"{code} {model.name}" for code, model in zip(told, models, strict=True))
             raise Ambiguous(text, f"means {len(models)} models: {listing}", "use a longer code or the CID")
         return offers
 

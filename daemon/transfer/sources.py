@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -123,19 +123,24 @@ class IpfsSource:
     """Draws the missing pieces of a file through an IPFS node; the node's cached copies are dropped as the file grows."""
 
     def __init__(
-        self, node: IpfsNode, cid: str, sink: PieceSink, limit: RateLimit, on_bytes: Callable[[int], None], *, stall_s: float
+        self, node: IpfsNode, cid: str, size: int, sink: PieceSink, limit: RateLimit, on_bytes: Callable[[int], None], *, stall_s: float
     ) -> None:
         self._node = node
+        self._size = size
         self._cid = cid
         self._sink = sink
         self._limit = limit
         self._on_bytes = on_bytes
         self._stall_s = stall_s
+        self._leaves: list[str] = []
         self._in_flight: set[int] = set()
         self._to_drop: list[str] = []
 
     async def run(self) -> None:
         """Until nobody has to bring any piece. Raises `Unserved`, `Unavailable`, `VerificationError` or `NoSpace`."""
+        leaves = await self._node.leaves(self._cid, deadline_s=self._stall_s)
+        # Leaves of another layout are dropped when the whole is there.
+        self._leaves = leaves if len(leaves) == -(-self._size // LEAF_SIZE) else []
         workers = [asyncio.create_task(self._work()) for _ in range(_WORKERS)]
         try:
             await asyncio.gather(*workers)
@@ -162,20 +167,16 @@ class IpfsSource:
         return next(_runs(free, most), [])
 
     async def _fetch(self, pieces: Sequence[int]) -> None:
-        length = sum(self._sink.piece_size(piece) for piece in pieces)
+        sizes = [self._sink.piece_size(piece) for piece in pieces]
+        chunks = self._node.read_range(self._cid, pieces[0] * self._sink.piece_length, sum(sizes), stall_s=self._stall_s)
         waiting = iter(pieces)
-        piece, buffer = next(waiting), bytearray()
-        async for chunk in self._node.read_range(self._cid, pieces[0] * self._sink.piece_length, length, stall_s=self._stall_s):
+        async for data in _regrouped(self._limited(chunks), sizes):
+            await self._store(next(waiting), data)
+
+    async def _limited(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for chunk in chunks:
             await self._limit.take(len(chunk))
-            view = memoryview(chunk)
-            while view:
-                room = self._sink.piece_size(piece) - len(buffer)
-                buffer += view[:room]
-                view = view[room:]
-                if len(buffer) == self._sink.piece_size(piece):
-                    await self._store(piece, bytes(buffer))
-                    buffer.clear()
-                    piece = next(waiting, piece)
+            yield chunk
 
     async def _store(self, piece: int, data: bytes) -> None:
         if piece == 0 and not data.startswith(b"GGUF"):
@@ -183,7 +184,8 @@ class IpfsSource:
         if not await self._sink.put(piece, data):
             raise VerificationError(self._cid, f"piece {piece} is not what was promised", "check the code or CID with whoever gave it")
         self._on_bytes(len(data))
-        self._to_drop += await asyncio.to_thread(_leaf_cids, data)
+        first = piece * self._sink.piece_length // LEAF_SIZE
+        self._to_drop += self._leaves[first : first + -(-len(data) // LEAF_SIZE)]
         await self._drop(all_of_them=False)
 
     async def _drop(self, *, all_of_them: bool) -> None:
@@ -192,9 +194,23 @@ class IpfsSource:
             await self._node.drop_blocks(batch)
 
 
-def _leaf_cids(data: bytes) -> list[str]:
-    view = memoryview(data)
-    return [leaf_cid(view[at : at + LEAF_SIZE]) for at in range(0, len(view), LEAF_SIZE)]
+async def _regrouped(chunks: AsyncIterator[bytes], sizes: Sequence[int]) -> AsyncIterator[bytes]:
+    """The same bytes cut into `sizes`. A chunk that has the right size already is passed on uncopied."""
+    parts: list[bytes] = []
+    waiting = iter(sizes)
+    left = next(waiting)
+    async for chunk in chunks:
+        at = 0
+        while len(chunk) - at >= left:
+            parts.append(chunk[at : at + left])
+            at += left
+            yield parts[0] if len(parts) == 1 else b"".join(parts)
+            parts, left = [], next(waiting, 0)
+            if not left:
+                return
+        if at < len(chunk):
+            parts.append(chunk[at:])
+            left -= len(chunk) - at
 
 
 def _runs(pieces: Iterator[int], most: int) -> Iterator[list[int]]:

@@ -42,7 +42,7 @@ def disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise NoSpace(what, "the disk is full", "free some space and try again; what is there already is kept") from error
         raise Unavailable(what, f"the store cannot be used: {error.strerror or error}", "check the data folder's permissions") from error
 

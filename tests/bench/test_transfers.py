@@ -142,8 +142,7 @@ def with_libtorrent(clock: Clock, folder: Path, blob: Path, torrent: Path, wante
     port = seed.stdout.readline().strip()
     with clock.time("libtorrent"):
         subprocess.run(command("get", folder / "lt", port), check=True, timeout=300)
-    seed.stdin.close()
-    seed.wait()
+    seed.communicate()
     assert digest(folder / "lt" / blob.name) == wanted
 
 
