@@ -135,6 +135,7 @@ class _Daemon:
         self._key = home.node_key()
         self._node = envelope.key_name(self._key)
         self._started = utc_now()
+        self._join = [_address(text) for text in config.swarm.join]
         self._stop = asyncio.Event()
         self._announcer: Announcer | None = None
         self._keeper = IpfsKeeper(config, self._ipfs_ready, self._ipfs_gone)
@@ -200,7 +201,7 @@ class _Daemon:
         offering = Offering(self._node, has.library, serving, has.torrents)
         peers = PeerTable(has.ledger, own=self._node, clock=time.time, standing=has.trust.standing)
         await peers.open()
-        answers = Answers(peers, offering.local_models, ipfs=self._ipfs, http=http, clock=time.time)
+        answers = Answers(peers, offering.local_models, offering.offers, ipfs=self._ipfs, http=http, clock=time.time)
         seal_keys = SealKeys(self._node, time.time)
         door = create_door(
             announcements=lambda envelopes: announcer.exchange(envelopes),
@@ -223,7 +224,7 @@ class _Daemon:
             http=http,
             clock=time.time,
             heartbeat_s=config.swarm.heartbeat,
-            join=[_address(text) for text in config.swarm.join],
+            join=self._join,
         )
         self._announcer = announcer
         stack.push_async_callback(announcer.close)

@@ -73,12 +73,15 @@ class Answer:
 
 
 class Answers:
-    """`local` are the models served here; `http` is shared with the rest of the daemon; `clock` gives unix seconds."""
+    """`local` are the models served here, `held` offers every model that is here; `http` is shared with the rest of the daemon,
+    `clock` gives unix seconds.
+    """
 
     def __init__(
         self,
         table: PeerTable,
         local: Callable[[], Sequence[LocalModel]],
+        held: Callable[[], Sequence[Offer]],
         *,
         ipfs: Callable[[], IpfsNode | None],
         http: aiohttp.ClientSession,
@@ -86,6 +89,7 @@ class Answers:
     ) -> None:
         self._table = table
         self._local = local
+        self._held = held
         self._ipfs = ipfs
         self._http = http
         self._clock = clock
@@ -98,7 +102,7 @@ class Answers:
         """
         local = {one.offer.cid: one for one in self._local()}
         failures: list[tuple[Choice, SwarmError]] = []
-        for choice in self._serving(model, list(local.values())):
+        for choice in self._serving(model):
             provider = self._provider(choice, local)
             if provider is None:
                 continue
@@ -109,14 +113,13 @@ class Answers:
                 failures.append((choice, error))
         raise _nobody(model, failures)
 
-    def _serving(self, model: str | None, local: Sequence[LocalModel]) -> list[Choice]:
+    def _serving(self, model: str | None) -> list[Choice]:
         """Whom to ask, best first; at least one."""
         try:
-            found = routing.candidates(
-                self._table.offers(), wanted=model, local=[one.offer for one in local], stats=self._table.stats()
-            )
+            found = routing.candidates(self._table.offers(), wanted=model, local=self._held(), stats=self._table.stats())
         except AmbiguousRef as error:
-            raise Ambiguous(str(model), f"means several models: {', '.join(error.candidates)}", "use a longer code or the CID") from error
+            told = ", ".join(codes.told_apart(error.candidates))
+            raise Ambiguous(str(model), f"means {len(error.candidates)} models: {told}", "use a longer code or the CID") from error
         except Malformed as error:
             raise UsageError(str(model), str(error), "use a code, a CID or a name") from error
         if model is not None and not found:

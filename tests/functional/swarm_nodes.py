@@ -157,7 +157,7 @@ async def swarm_node(
             heartbeat_s=heartbeat_s,
             join=join,
         )
-        answers = Answers(table, local, ipfs=lambda: announcer.ipfs, http=http, clock=clock)
+        answers = Answers(table, local, lambda: node.held, ipfs=lambda: announcer.ipfs, http=http, clock=clock)
         node = Node(name, announcer, table, answers, seal_keys, http, url, [], {}, supervisor)
         await announcer.start()
         stack.push_async_callback(announcer.close)

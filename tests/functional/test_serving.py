@@ -88,9 +88,10 @@ def test_a_model_that_is_served_is_listed_by_others_until_it_is_stopped(pair: Pa
     until(lambda: not is_served(pair.b, pair.code), "the end of serving")
     known = listed(pair.b, pair.code)
     assert known is not None and known["nodes"] == 1  # it is still held, and can be pulled
-    assert pair.b.fails("ask", "hello", pair.code).code == 5
-    assert pair.b.fails("ask", "hello").code == 5
-    assert pair.b.fails("ask", "hello", "#aaaaaaa").code == 3
+    for asker in (pair.a, pair.b):
+        assert asker.fails("ask", "hello", pair.code).code == 5
+        assert asker.fails("ask", "hello").code == 5
+        assert asker.fails("ask", "hello", "#aaaaaaa").code == 3
 
 
 @pytest.mark.parametrize("which", ["no code", "code", "name", "cid"])
