@@ -20,7 +20,7 @@ from daemon.transfer.store import disk_errors
 from registry.cid import LEAF_SIZE, leaf_cid
 
 _RANGE = 16 << 20  # bytes asked for at once; one Bitswap session each
-_WORKERS = 4  # measured best on two cores: see docs/transfers.md
+_WORKERS = 4  # more brought nothing on two cores, see docs/transfers.md
 _DROP_BATCH = 64  # leaves that may wait before IPFS forgets its cached copy of them
 
 

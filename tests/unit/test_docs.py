@@ -10,6 +10,7 @@ import click
 
 from daemon.api.app import create_app
 from daemon.api.openai import IGNORED, NEUTRAL
+from daemon.config import settings
 from swarmctl.cli import MODULE_OF, cli
 from tests.functional.api_server import World
 
@@ -63,3 +64,15 @@ async def test_every_route_is_documented_and_every_documented_one_exists() -> No
 def test_every_field_of_a_chat_is_documented() -> None:
     for name in (*IGNORED, *NEUTRAL):
         assert f"`{name}`" in HTTP
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    rows = re.findall(r"^\| `([a-z._]+)` \| ([^|]*) \|", (DOCS / "settings.md").read_text(encoding="utf-8"), re.MULTILINE)
+    documented = {name: re.sub(r" \(.*\)", "", default).strip("` ") for name, default in rows}
+    assert documented == {name: _shown(default) for name, (_, default) in settings().items()}
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return "" if default in ("", ()) else str(default)
