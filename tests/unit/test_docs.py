@@ -67,7 +67,7 @@ def test_every_field_of_a_chat_is_documented() -> None:
 
 
 def test_every_setting_is_documented_with_its_default() -> None:
-    rows = re.findall(r"^\| `([a-z._]+)` \| ([^|]*) \|", (DOCS / "settings.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z._]+)` \|([^|]*)\|", (DOCS / "settings.md").read_text(encoding="utf-8"), re.MULTILINE)
     documented = {name: re.sub(r" \(.*\)", "", default).strip("` ") for name, default in rows}
     assert documented == {name: _shown(default) for name, (_, default) in settings().items()}
 
