@@ -31,6 +31,10 @@ class Handle(Protocol):
     @property
     def rate(self) -> int: ...
 
+    def rest(self) -> None:
+        """Meet no peer, neither ask nor answer one, until `ask_peers`."""
+        ...
+
     def ask_peers(self, wanted: bool) -> None: ...
 
     def connect(self, peers: Iterable[tuple[str, int]]) -> None: ...
@@ -47,7 +51,7 @@ class Handle(Protocol):
 class Download:
     """A file on its way. Made by `TorrentSession.download`; `close` it whatever happens.
 
-    No byte is asked of peers before `join_swarm`. `checked`, `put` and `finished` raise `NoSpace` when the disk is full
+    No peer is met before `join_swarm`. `checked`, `put` and `finished` raise `NoSpace` when the disk is full
     and `Unavailable` when the file cannot be written or the session closes; the download is then over, and what it wrote
     is found again by the check of the next one.
     """
@@ -62,6 +66,8 @@ class Download:
         self._verified = 0
         self._from_peers = 0
         self._checked = False
+        self._joined = False
+        self._peers: list[tuple[str, int]] = []  # named before the swarm was joined
         self._flushes_due = 0  # that libtorrent makes by itself
         self._error: SwarmError | None = None
         self._closed = False
@@ -143,19 +149,27 @@ class Download:
         return await passed
 
     def join_swarm(self, peers: Sequence[tuple[str, int]] = ()) -> None:
-        """From now on missing pieces are asked of peers too, of `peers` (IP, port) and of whoever discovery finds."""
-        if self._running():
+        """From now on missing pieces are asked of peers too: of those named (IP, port) and of whoever discovery finds.
+
+        Before it no peer is met, so that none gives or takes anything.
+        """
+        self._joined = True
+        # Named first, because resuming a torrent connects at once to whom it knows; later ones wait for the next second.
+        self.add_peers(peers)
+        if self._running() and self._checked:
             self._handle.ask_peers(True)
-            self._handle.connect(peers)
 
     def add_peers(self, peers: Sequence[tuple[str, int]]) -> None:
-        """Connect to more peers. Before `join_swarm` they are connected, but not asked for payload: joining is quicker then."""
-        if self._running():
-            self._handle.connect(peers)
+        """Name more peers; they are kept for `join_swarm` when it has not been called."""
+        if self._running() and self._checked and self._joined:
+            self._handle.connect([*self._peers, *peers])
+            self._peers.clear()
+        else:
+            self._peers += peers
 
     def leave_swarm(self) -> None:
         """Ask nothing of peers any more; what they have been asked for may still come."""
-        if self._running():
+        if self._running() and self._checked and self._joined:
             self._handle.ask_peers(False)
 
     def exclude(self, pieces: Iterable[int]) -> None:
@@ -181,6 +195,12 @@ class Download:
         for index, here in enumerate(have):
             if here and index in self._missing:
                 self._take(index)
+        if self._joined:
+            self.add_peers([])
+            self._handle.ask_peers(True)
+        else:
+            self._handle.rest()
+            self._flushes_due += 1
         _resolve(self._checks)
         self._progress()
 

@@ -35,6 +35,10 @@ MAX_SIZE = 1 << 46  # 64 TiB: nothing larger is a model, and no arithmetic on it
 MAX_NAME = 255  # bytes, the limit of common file systems
 
 
+class IncompleteLayers(VerificationError):
+    """All is well with the torrent but its piece layers, which are missing or wrong."""
+
+
 @dataclass(frozen=True, slots=True)
 class Metainfo:
     """A made torrent: both infohashes in hex (40 and 64 digits) and the .torrent with its piece layers."""
@@ -259,12 +263,12 @@ def _check_layers(layers: Any, root: bytes, size: int, length: int) -> None:
             raise _refused("it has piece layers that belong to no file")
         return  # the tree is inside the one piece, and the root is all there is
     if not isinstance(layers, dict) or list(layers) != [root] or not isinstance(layers[root], bytes):
-        raise _refused("its piece layers are missing or belong to another file")
+        raise _refused("its piece layers are missing or belong to another file", IncompleteLayers)
     layer = layers[root]
     if len(layer) != 32 * -(-size // length):
-        raise _refused("its piece layers do not match its size")
+        raise _refused("its piece layers do not match its size", IncompleteLayers)
     if layer_root([layer[i : i + 32] for i in range(0, len(layer), 32)], length) != root:
-        raise _refused("its piece layers do not add up to its root")
+        raise _refused("its piece layers do not add up to its root", IncompleteLayers)
 
 
 def _checked_name(name: bytes) -> bytes:
@@ -298,5 +302,5 @@ def _int(where: Mapping[bytes, Any], key: bytes, low: int, high: int) -> int:
     return value
 
 
-def _refused(why: str) -> VerificationError:
-    return VerificationError("torrent", why, "get it from another source")
+def _refused(why: str, kind: type[VerificationError] = VerificationError) -> VerificationError:
+    return kind("torrent", why, "get it from another source")

@@ -33,6 +33,7 @@ _LISTEN_S = 5.0
 _STATUS_S = 0.5
 _ASK_LAYERS_S = (0.02, 0.2)  # pause between two looks whether the piece layers have come: first, longest
 _LIMITS: Any = {"max_pieces": 1 << 20, "max_decode_depth": metainfo.MAX_DEPTH, "max_decode_tokens": metainfo.MAX_TOKENS}
+_CHECKING = lt.torrent_flags.upload_mode | lt.torrent_flags.disable_dht | lt.torrent_flags.disable_lsd | lt.torrent_flags.disable_pex
 _WANTED, _UNWANTED = 4, 0  # piece priorities: libtorrent's default, and never
 _T = TypeVar("_T")
 
@@ -96,9 +97,16 @@ class _Torrent:
     def rate(self) -> int:
         return self.swarm.download_rate
 
+    def rest(self) -> None:
+        # Not upload mode: seeds that meet such a node part at once, and stay away for a while. A paused torrent meets
+        # nobody, and takes pieces all the same; only its check needs it to run.
+        self.handle.pause()
+        self.handle.unset_flags(_CHECKING)
+
     def ask_peers(self, wanted: bool) -> None:
         if wanted:
-            self.handle.unset_flags(lt.torrent_flags.upload_mode)
+            self.handle.unset_flags(_CHECKING)
+            self.handle.resume()
         else:
             self.handle.set_flags(lt.torrent_flags.upload_mode)
 
@@ -251,11 +259,10 @@ class TorrentSession:
             if known.seed.path == path:
                 return known.seed
             await self._remove(known)
-        added = self._add(
-            _Torrent(self, facts, torrent), self._params(torrent, path), lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode
-        )
-        added.seed = Seed(facts.infohash, facts.infohash_v2, path)
-        return added.seed
+        entry = _Torrent(self, facts, torrent)
+        entry.seed = Seed(facts.infohash, facts.infohash_v2, path)
+        self._add(entry, self._params(torrent, path), lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode)
+        return entry.seed
 
     async def forget(self, infohash_v2: str) -> None:
         """Stop seeding; the file stays. Returns when libtorrent has let go of it. An unknown torrent is no error."""
@@ -276,21 +283,22 @@ class TorrentSession:
             raise disk_error(error.errno or 0, os.strerror(error.errno or 0)) from error
         entry = _Torrent(self, facts, torrent)
         entry.listener = download = Download(facts, entry, on_progress)
-        self._add(entry, self._params(torrent, path), lt.torrent_flags.upload_mode)
+        self._add(entry, self._params(torrent, path), _CHECKING)
         return download
 
     async def metadata(self, infohash: str | None, infohash_v2: str | None, peers: Sequence[tuple[str, int]], deadline_s: float) -> bytes:
         """The whole .torrent with its piece layers, from `peers` and whoever discovery finds. No payload is asked for.
 
         Raises `Unserved` at the deadline, and at once where there is no discovery and no peer; `VerificationError` when
-        the torrent is not one that `metainfo.parse` accepts.
+        the torrent is not one that `metainfo.parse` accepts. libtorrent 2.1.1 cannot check the last piece hash of files
+        with 512 n + 1 pieces (n > 0) and takes who sends it for a liar, so for those this ends in `Unserved` too.
         """
         wanted = [name for name in (infohash, infohash_v2) if name]
         for known in (self._torrents.get(name) for name in wanted):
             if known is not None and known.torrent is not None:
                 return known.torrent
         askable = network.addresses(peers)
-        unserved = Unserved("torrent", "no node that was asked has it", "join a node that has it, or try again later")
+        unserved = Unserved("torrent", "no node gave it whole", "join a node that has it, or pull it by its code or CID")
         if not askable and self._network == "loopback":
             raise unserved
         try:
@@ -332,7 +340,9 @@ class TorrentSession:
             entry.handle.save_resume_data(lt.save_resume_flags_t.save_info_dict)
             torrent = await entry.resume_data
             if torrent is not None:
-                return torrent
+                with contextlib.suppress(metainfo.IncompleteLayers):  # some hashes have come, not yet all
+                    await asyncio.to_thread(metainfo.parse, torrent)
+                    return torrent
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
 
@@ -362,20 +372,26 @@ class TorrentSession:
         params.renamed_files = {0: str(path)}
         return params
 
-    def _add(self, entry: _Torrent, params: Any, flags: int, hashes: Iterable[str] = ()) -> _Torrent:
+    def _add(self, entry: _Torrent, params: Any, flags: int, hashes: Iterable[str] = ()) -> None:
         if self._session is None or self._closing:
             raise Unavailable("BitTorrent", "it is not running", "swarmctl status tells why")
-        hashes = (entry.facts.infohash, entry.facts.infohash_v2) if entry.facts else hashes
-        if any(name in self._torrents for name in hashes):
+        names = (entry.facts.infohash, entry.facts.infohash_v2) if entry.facts else tuple(hashes)
+        if any(name in self._torrents for name in names):
             raise Unavailable("torrent", "it is in use already", "wait until the other transfer of it is done")
         params.flags = lt.torrent_flags.update_subscribe | lt.torrent_flags.apply_ip_filter | flags
+        self._torrents.update(dict.fromkeys(names, entry))
+        # Before it is added: the first peer may shake hands at once, and parts if it is told "upload only".
+        self._stay_connected()
         try:
             entry.handle = self._session.add_torrent(params)
         except RuntimeError as error:
+            self._forget(entry)
             raise VerificationError("torrent", str(error), "get it from another source") from error
-        self._torrents.update(dict.fromkeys(hashes, entry))
+
+    def _forget(self, entry: _Torrent) -> None:
+        for name in [name for name, other in self._torrents.items() if other is entry]:
+            del self._torrents[name]
         self._stay_connected()
-        return entry
 
     async def _remove(self, entry: _Torrent) -> None:
         if self._session is not None:
@@ -481,10 +497,8 @@ class TorrentSession:
     def _on_torrent_removed_alert(self, alert: Any) -> None:
         entry = self._entry(alert.info_hashes)
         if entry is not None:
-            for name in [name for name, other in self._torrents.items() if other is entry]:
-                del self._torrents[name]
+            self._forget(entry)
             entry.gone()
-            self._stay_connected()
 
     def _on_state_update_alert(self, alert: Any) -> None:
         for status in alert.status:
