@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Sequence
 
 from registry.cid import parse_cid
 from registry.errors import Malformed, shown
@@ -40,6 +41,14 @@ def codes_of(cid: str, infohash_v2: str | None) -> tuple[str, ...]:
 def short(code: str) -> str:
     """The code as it is shown: its first 7 characters."""
     return code[:SHORT]
+
+
+def told_apart(codes: Sequence[str]) -> tuple[str, ...]:
+    """Full codes, each as short as the others allow: never less than is shown, and enough to mean one of them alone."""
+    length = SHORT
+    while length < FULL and len({code[:length] for code in codes}) < len(set(codes)):
+        length += 1
+    return tuple(code[:length] for code in codes)
 
 
 def is_code(text: str) -> bool:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.cid import Cid
-from registry.codes import code_of_cid, code_of_infohash_v2, codes_of, is_code, normalise, short
+from registry.codes import code_of_cid, code_of_infohash_v2, codes_of, is_code, normalise, short, told_apart
 from registry.errors import Malformed
 
 DIGESTS = st.binary(min_size=32, max_size=32)
@@ -46,3 +46,11 @@ def test_what_is_no_code_is_malformed(text: str) -> None:
 def test_only_a_v2_infohash_has_a_code(infohash: str) -> None:
     with pytest.raises(Malformed):
         code_of_infohash_v2(infohash)
+
+
+def test_codes_are_told_apart_by_as_little_as_will_do() -> None:
+    a, b, c = "aaaaaaab" + "c" * 44, "aaaaaaac" + "c" * 44, "z" * 52
+    assert told_apart([a, b, c]) == ("aaaaaaab", "aaaaaaac", "zzzzzzzz")
+    assert told_apart([a, c]) == (a[:7], c[:7])
+    assert told_apart([a, a]) == (a[:7], a[:7])
+    assert told_apart([]) == ()
