@@ -170,7 +170,7 @@ def _convert(name: str, kind: Any, raw: Any, where: str) -> Any:
             raise wrong("a number")
         try:
             number = _bytes(raw) if kind is int and isinstance(raw, str) else kind(raw)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise wrong("a number") from None
         if number != number or (kind is int and isinstance(raw, float) and raw != number):
             raise wrong("a whole number" if kind is int else "a number")
@@ -206,6 +206,12 @@ def _check(config: Config) -> None:
         raise UsageError(
             "api.host", f"{config.api.host} is not a loopback address", "put a reverse proxy in front to reach it from elsewhere"
         )
+    for name in ("transfer.download_rate", "transfer.upload_rate", "transfer.stall", "transfer.give_up", "engine.memory", "engine.threads"):
+        section, _, key = name.partition(".")
+        if getattr(getattr(config, section), key) < 0:
+            raise UsageError(name, "it is less than nothing", "docs/settings.md says what 0 means")
+    if config.swarm.heartbeat < 1:
+        raise UsageError("swarm.heartbeat", f"{config.swarm.heartbeat} s is too often", "use at least 1")
     if not config.ipfs.enabled and not config.torrent.enabled:
         raise UsageError("ipfs.enabled and torrent.enabled", "both are off", "a node needs one of them")
     if config.engine.slots < 1 or config.engine.context < 64:
