@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from daemon.engine import gguf
-from daemon.errors import SwarmError, Unavailable, Unserved, UsageError, VerificationError
+from daemon.errors import Unavailable, Unserved, UsageError, VerificationError
 from daemon.torrent import metainfo
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Fetch, Sources, Wanted
