@@ -22,7 +22,7 @@ from typing import Any
 from registry import endpoints, strictjson
 from registry.address import check_endpoints, usable
 from registry.envelope import check_key, open_envelope
-from registry.errors import Malformed, NotVerified, Stale
+from registry.errors import Malformed, NotVerified, Repeated, Stale
 from registry.manifest import MAX_CONTEXT, MAX_SIZE, canonical_cid, display_name, hex40, hex64, text, whole
 from registry.records import Address, Announcement, Offer, Peer, SealKey
 
@@ -96,12 +96,12 @@ def accept(envelope: bytes, *, now: int, known: Mapping[str, Peer], own: str, ma
     if opened.keys != (announcement.node,):
         raise NotVerified("the announcement is not signed by the node that it speaks of, and by it alone")
     if announcement.node == own:
-        raise Stale("the announcement is our own")
+        raise Repeated("the announcement is our own")
     _check_expiry(announcement.expires, now, max_skew)
     before = known.get(announcement.node)
     if before is not None and announcement.sequence <= before.sequence:
         again = "again" if announcement.sequence == before.sequence else "after a newer one"
-        raise Stale(f"announcement {announcement.sequence} of the node came {again}")
+        raise Repeated(f"announcement {announcement.sequence} of the node came {again}")
     return announcement
 
 

@@ -3,6 +3,7 @@
     ValueError
     ├── Malformed          it does not parse, or breaks a ceiling
     ├── Stale              it parses and verifies, but its time is over (or not yet there)
+    │   └── Repeated       it is known already, which is no fault of anybody
     ├── AmbiguousRef       a code or name that several models share
     └── NotVerified        a signature or digest is wrong
         └── CouldNotCheck  nothing is known to be wrong, but it could not be checked (never treated as right)
@@ -19,6 +20,10 @@ class Malformed(ValueError):
 
 class Stale(ValueError):
     """Replayed, older than what is known, expired, or dated by a clock that is off."""
+
+
+class Repeated(Stale):
+    """Known already, or our own: what is said over two ways comes twice."""
 
 
 class NotVerified(ValueError):

@@ -33,7 +33,7 @@ from daemon.swarm.seal import SealKeys
 from registry import announcement as rules
 from registry.address import usable
 from registry.envelope import key_name, sign
-from registry.errors import Malformed, NotVerified, Stale
+from registry.errors import Malformed, NotVerified, Repeated, Stale
 from registry.records import Address, Announcement, Offer, Peer
 from registry.store import Ledger
 
@@ -156,7 +156,7 @@ class Announcer:
             self.heard.add(said.node)
         except (Malformed, NotVerified, Stale, Refused, Busy) as error:
             # The same reason again and again, as from a node whose clock is off, is one line in the log.
-            if str(error) != self._refusal:
+            if str(error) != self._refusal and not isinstance(error, Repeated):
                 self._refusal = str(error)
                 _log.info("an announcement was refused: %s", error)
             raise
