@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,16 +41,18 @@ def until(probe: Callable[[], T | None], what: str, deadline_s: float = DEADLINE
 class Node:
     """One node. `up()` starts its daemon, `run()` is a command with --json, `stop()` ends it and is safe to repeat."""
 
-    def __init__(self, home: Path, kubo: Path) -> None:
+    def __init__(self, home: Path, kubo: Path, environment: Mapping[str, str] | None = None) -> None:
         self.home = home
-        self._environment = {**os.environ, "SWARMCTL_IPFS_BINARY": str(kubo), "SWARMCTL_HOME": str(home), "SWARMCTL_NETWORK": "loopback"}
+        ours = {"SWARMCTL_IPFS_BINARY": str(kubo), "SWARMCTL_HOME": str(home), "SWARMCTL_NETWORK": "loopback"}
+        self._environment = {**os.environ, **ours, **(environment or {})}
         self.daemon: subprocess.Popen[str] | None = None
         self.status: dict[str, Any] = {}
 
-    def up(self, *settings: str) -> Node:
+    def up(self, *settings: str, within: Sequence[str] = ()) -> Node:
+        """`within`: a command that runs the daemon's command, in limits or a namespace of its own."""
         log = (self.home.parent / f"{self.home.name}.log").open("a")
         self.daemon = subprocess.Popen(
-            [sys.executable, "-m", "daemon.main", "--home", str(self.home), *settings],
+            [*within, sys.executable, "-m", "daemon.main", "--home", str(self.home), *settings],
             env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True,
         )  # fmt: skip
         daemon = self.daemon
@@ -84,7 +86,9 @@ class Node:
         failed = Failed(words, command.returncode, stderr)
         assert failed.error, stderr
         assert "Traceback" not in stderr
-        assert set(json.loads(stdout)["error"]) == {"code", "message", "hint"}
+        error = json.loads(stdout)["error"]
+        assert set(error) == {"code", "message", "hint"}
+        assert error["code"] == failed.code
         return failed
 
     def join(self, other: Node) -> None:
