@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,14 +113,19 @@ class Resolver:
         return offers
 
     async def _from_offers(self, text: str, offers: Sequence[Offer]) -> Plan:
-        first = offers[0]
-        plan = Plan(
-            ref=text, name=first.name, size=first.size, cid=first.cid, holders=self._addresses(offers),
-            infohash=next((o.infohash for o in offers if o.infohash), None),
-            infohash_v2=next((o.infohash_v2 for o in offers if o.infohash_v2), None),
-        )  # fmt: skip
-        manifests = list(dict.fromkeys(offer.manifest for offer in offers if offer.manifest is not None))
-        return await self._with_manifest(plan, manifests) if manifests else plan
+        """What most nodes say comes first. Each offer stands for itself: a lie in one must not speak against the others' manifest."""
+        holders = self._addresses(offers)
+        votes = Counter(_claim(offer) for offer in offers)
+        distinct = {_claim(offer): offer for offer in offers}
+        plans = [
+            Plan(
+                ref=text, name=offer.name, size=offer.size, cid=offer.cid, infohash=offer.infohash, infohash_v2=offer.infohash_v2,
+                manifest=offer.manifest, holders=holders,
+            )
+            for offer in sorted(distinct.values(), key=lambda offer: -votes[_claim(offer)])
+        ]  # fmt: skip
+        signed = [plan for plan in plans if plan.manifest is not None]
+        return await self._with_manifest(signed) if signed else plans[0]
 
     def _addresses(self, offers: Sequence[Offer]) -> tuple[Address, ...]:
         nodes = dict.fromkeys(offer.node for offer in offers)
@@ -133,10 +139,11 @@ class Resolver:
 
     # -- manifests --------------------------------------------------------------------------------------------------
 
-    async def _with_manifest(self, plan: Plan, manifests: Sequence[str]) -> Plan:
-        """The plan with the first manifest that verifies. Raises what was wrong with them when none does."""
+    async def _with_manifest(self, plans: Sequence[Plan]) -> Plan:
+        """The first plan whose manifest verifies. Raises what was wrong with them when none does."""
         wrong: VerificationError | None = None
-        for cid in manifests:
+        for plan in plans:
+            cid = str(plan.manifest)
             try:
                 data = await self._objects.get(cid, plan.holders, limit=MANIFEST_LIMIT)
                 return self.believe(plan, cid, data)
@@ -147,7 +154,9 @@ class Resolver:
         if wrong is not None:
             raise wrong
         raise VerificationError(
-            plan.name or plan.ref, "its signature could not be checked, nobody gave the manifest", "try again when its publisher is online"
+            plans[0].name or plans[0].ref,
+            "its signature could not be checked, nobody gave the manifest",
+            "try again when its publisher is online",
         )
 
     def believe(self, plan: Plan, cid: str, data: bytes) -> Plan:
@@ -251,6 +260,10 @@ def check_torrent(plan: Plan, torrent: bytes) -> bytes:
     if any(expected is not None and found != expected for found, expected in promised):
         raise VerificationError(plan.name or plan.ref, "its torrent is of other bytes than promised", "try another source")
     return torrent
+
+
+def _claim(offer: Offer) -> tuple[str | None, ...]:
+    return (offer.manifest, offer.cid, offer.infohash, offer.infohash_v2)
 
 
 def _offered_as(ref: refs.CodeRef | refs.NameRef, offer: Offer) -> bool:

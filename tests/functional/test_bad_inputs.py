@@ -228,6 +228,17 @@ def test_bytes_that_are_not_what_the_manifest_promises(a: Node, b: Node, liar: F
     refuses(b, 4, "pull", "A lie", says="not what the signed manifest promises")
 
 
+def test_a_liar_beside_an_honest_node(a: Node, node: Callable[[str], Node], liar: Forger, tmp_path: Path) -> None:
+    """It is heard first, gives its own infohash and a manifest without a signature for A's CID: A's word still counts."""
+    model = a.run("publish", str(tiny_gguf(tmp_path / "Honest.gguf", SIZE, seed=20)))
+    made, other = forgery.identified(tmp_path / "Honest.gguf"), forgery.unheard_of(tmp_path, 21)
+    lie = replace(made.identity, infohash=other.identity.infohash, infohash_v2=other.identity.infohash_v2)
+    puller = node("puller").up(*NO_IPFS)
+    liar.announces(puller, liar.offer(lie, "A lie", forgery.without_signature(liar.manifest(lie, name="A lie"))))
+    puller.join(a)
+    assert puller.run("pull", model["cid"])["signed_by"] == a.status["node"]
+
+
 # -- trust ----------------------------------------------------------------------------------------------------------------
 
 
