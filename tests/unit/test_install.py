@@ -81,6 +81,7 @@ def empty_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "sh").symlink_to("/bin/sh")
     monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "venv"))  # the one that runs this test may have a Kubo
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     return folder
@@ -124,9 +125,11 @@ def test_any_text_is_a_version_or_none(text: str) -> None:
     assert version is None or all(part >= 0 for part in version)
 
 
-def test_path_wins_over_the_cache(empty_path: Path, tmp_path: Path) -> None:
+def test_path_wins_over_the_environment_and_that_over_the_cache(empty_path: Path, tmp_path: Path) -> None:
     cached = put(tmp_path / "cache", "ipfs", script("0.43.0"))
     assert install.find(cache=cached.parent) == cached
+    in_environment = put(tmp_path / "venv" / "bin", "ipfs", script("0.43.0"))
+    assert install.find(cache=cached.parent) == in_environment
     on_path = put(empty_path, "ipfs", script("0.44.1"))
     assert install.find(cache=cached.parent) == on_path
 
