@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
 
 from hypothesis import given
@@ -40,5 +41,5 @@ def test_runs_are_contiguous_bounded_and_complete(pieces: set[int], most: int) -
     for run in runs:
         assert 1 <= len(run) <= most
         assert run == list(range(run[0], run[0] + len(run)))
-    for left, right in zip(runs, runs[1:], strict=False):
+    for left, right in itertools.pairwise(runs):
         assert len(left) == most or right[0] > left[-1] + 1  # no run ends early
