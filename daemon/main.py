@@ -66,6 +66,8 @@ log = logging.getLogger("daemon")
 
 _IPFS_WAIT_S = 2.0  # how long being ready may wait for IPFS, which may come later as well
 _LAST_ANSWERS_S = 0.5  # how long a stop waits for answers under way
+_PINS_S = 60.0  # between two looks at what IPFS has pinned
+_LOOK_S = 5.0  # between two looks at the files of the models
 _STOP_S = 4.5  # for the background loops, Kubo among them
 
 
@@ -246,20 +248,33 @@ class _Daemon:
         await voice.announcer.start()
         for blake3 in has.strays:
             voice.supervisor.run(f"identify {blake3[:12]}", partial(has.library.identify_again, blake3), restart=False)
+        voice.supervisor.run("changes", lambda: self._keep_sound(voice, has.library), restart=True)
         if self._config.ipfs.enabled:
             voice.supervisor.run("ipfs", self._keeper.run, restart=True)
-            voice.supervisor.run("pins", lambda: self._keep_pinned(has), restart=True)
+            voice.supervisor.run("pins", lambda: self._keep_pinned(has.library), restart=True)
             try:
                 async with asyncio.timeout(_IPFS_WAIT_S):
                     await self._keeper.settled.wait()
             except TimeoutError:
                 log.warning("IPFS is not ready yet; going on without it")
 
-    async def _keep_pinned(self, has: _Holdings) -> None:
-        """Each time that IPFS comes up: pin what came in while it was away."""
+    async def _keep_pinned(self, library: Library) -> None:
+        """When IPFS comes up: pin what came in while it was away. Then now and then, for what it was too busy for."""
         while True:
-            node = await self._keeper.next_node()
-            await has.seeding.pin_all(node, has.library.records())
+            try:
+                async with asyncio.timeout(_PINS_S):
+                    node: IpfsNode | None = await self._keeper.next_node()
+            except TimeoutError:
+                node = self._keeper.node
+            if node is not None:
+                await library.keep_pinned(node, own=not self._config.ipfs.rpc)
+
+    async def _keep_sound(self, voice: _Voice, library: Library) -> None:
+        """Whoever edits a model's file in place shall not have it served and seeded under its old name."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            await library.notice_changes()
+            await voice.serving.stop_unsound()
 
     async def _api(
         self, stack: AsyncExitStack, has: _Holdings, voice: _Voice, transfers: Transfers, puller: Puller, publisher: Publisher

@@ -52,6 +52,10 @@ class TrustBook:
             )
         return trust
 
+    def publisher(self, name: str) -> str | None:
+        """The key that is known to sign this name."""
+        return self._pins.get(name)
+
     async def remember(self, signed_by: str, name: str) -> None:
         """The first key seen for a name stays its key."""
         if name not in self._pins:

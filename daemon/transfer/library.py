@@ -6,26 +6,34 @@ The store's records are the truth; the ledger mirrors them for queries and is fi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from daemon.engine import gguf
-from daemon.errors import Ambiguous, NotFound, Refused, SwarmError, UsageError, VerificationError
+from daemon.errors import Ambiguous, NotFound, Refused, SwarmError, UsageError
+from daemon.ipfs.interface import IpfsNode
 from daemon.ledger import LedgerThread
 from daemon.transfer.identify import Identified, identify
 from daemon.transfer.objects import object_cid
-from daemon.transfer.seeding import Seeding
-from daemon.transfer.store import Record, Store
+from daemon.transfer.seeding import Seeding, pinned_for
+from daemon.transfer.store import Record, Stamp, Store
 from daemon.trust import TrustBook
-from registry import codes, refs
+from daemon.waiting import KeyLocks, stoppable
+from registry import codes, manifest, refs
 from registry.errors import Malformed
 from registry.records import GgufFacts, Model, Trust
 from registry.store import Ledger
 
 log = logging.getLogger(__name__)
+
+Arrival = Callable[[Record, bytes, threading.Event], Record]  # how a file enters: `Store.adopt`, `accept` or `keep`
+_CHANGED = "the file changed on disk since it entered the store"
 
 
 class Library:
@@ -36,12 +44,12 @@ class Library:
         self._seeding = seeding
         self._on_change = on_change
         self._records: dict[str, Record] = {}
-        self.removing: Callable[[Model], None] = lambda model: None
+        self._changing = KeyLocks()  # by blake3: one model enters, is judged or leaves, one at a time
 
     # -- opening ----------------------------------------------------------------------------------------------------
 
     async def open(self) -> list[str]:
-        """Read the store. Returns the blake3 of files that have no readable record: give them to `identify_again`."""
+        """Read the store. Returns the blake3 of files without a whole record or .torrent: give them to `identify_again`."""
         records, strays = await asyncio.to_thread(self._scan)
         self._records = {record.model.identity.blake3: record for record in records}
         await self._ledger.call(Ledger.replace_models, self.models())
@@ -54,26 +62,41 @@ class Library:
             record = self._store.read_record(blake3)
             if record is None:
                 strays.append(blake3)
-            else:
-                records.append(self._with_stamp_checked(record))
+                continue
+            if self._store.stamp(blake3) != record.model.file_stamp and record.model.quarantined is None:
+                log.warning("%s changed on disk since it entered the store", blake3)
+                record = replace(record, model=replace(record.model, quarantined=_CHANGED))
+            records.append(record)
+            torrent = self._store.read_torrent(blake3)
+            if record.model.quarantined is None and (torrent is None or object_cid(torrent) != record.model.torrent):
+                strays.append(blake3)
         return records, strays
 
-    def _with_stamp_checked(self, record: Record) -> Record:
-        model = record.model
-        if model.quarantined is None and self._store.stamp(model.identity.blake3) != model.file_stamp:
-            log.warning("%s changed on disk since it entered the store", model.identity.blake3)
-            return replace(record, model=replace(model, quarantined="the file changed on disk since it entered the store"))
-        return record
-
     async def identify_again(self, blake3: str) -> None:
-        """Adopt a file whose record is gone or unreadable, as unsigned; what is not what its name says is left aside."""
+        """Find anew what was lost of a file: its .torrent, or all that was known of it, and then it is unsigned.
+
+        What is not what its name says is left aside.
+        """
         path = self._store.path(blake3)
         identified = await identify(path)
         if identified.identity.blake3 != blake3:
             log.error("%s in the store is not what its name says; it is left alone and not listed", path.name)
             return
-        facts = await asyncio.to_thread(gguf.inspect, path)
-        await self.enter(identified, Record(self.describe(identified, facts.facts.name or blake3[:12], facts.facts, "pulled")))
+        record = self._records.get(blake3)
+        if record is None:
+            facts = (await asyncio.to_thread(gguf.inspect, path)).facts
+            record = Record(self.describe(identified, self.unsigned_name(identified, facts.name), facts, "pulled"))
+        record = replace(record, model=replace(record.model, torrent=object_cid(identified.torrent)))
+        async with self._changing(blake3):
+            await self._enter(identified, record, self._store.keep)
+
+    def unsigned_name(self, identified: Identified, *names: str | None) -> str:
+        """The first of `names` that may be shown and that no publisher is known for: to leave a signature out is no way to its name."""
+        for name in names:
+            with contextlib.suppress(Malformed):
+                if name and self._trust.publisher(shown := manifest.display_name(name)) is None:
+                    return shown
+        return identified.identity.blake3[:12]
 
     def describe(self, identified: Identified, name: str, facts: GgufFacts, origin: str) -> Model:
         """A model record as of now; signature and source are the caller's to add."""
@@ -91,8 +114,12 @@ class Library:
     def models(self) -> list[Model]:
         return sorted((record.model for record in self._records.values()), key=lambda model: (model.name, model.identity.blake3))
 
-    def record(self, model: Model) -> Record:
-        return self._records[model.identity.blake3]
+    def current(self, model: Model) -> Model:
+        """What is known of a model now. Raises `NotFound` when it was removed."""
+        record = self._records.get(model.identity.blake3)
+        if record is None:
+            raise NotFound(model.name, "no such model here", "swarmctl ls lists what is here")
+        return record.model
 
     def records(self) -> list[Record]:
         return list(self._records.values())
@@ -143,66 +170,98 @@ class Library:
 
     # -- changing ---------------------------------------------------------------------------------------------------
 
-    async def enter(self, identified: Identified, record: Record, on_bytes: Callable[[int], None] | None = None) -> tuple[Model, list[str]]:
-        """Make a file that has its place in the store a model of this node: recorded, pinned, seeded, announced.
+    async def enter(self, identified: Identified, record: Record, arrive: Arrival) -> tuple[Model, list[str]]:
+        """Make an identified file a model of this node: placed by `arrive`, recorded, pinned, seeded, announced.
 
-        Returns the model and notes for people (for instance that IPFS is away and the pin will follow).
+        Returns the model and notes for people (for instance that IPFS is away and the pin will follow). Bytes that are here
+        already stay where they are, and a pull changes nothing of what is known of them.
         """
-        blake3 = identified.identity.blake3
-        stamp = await asyncio.to_thread(self._store.stamp, blake3)
-        if stamp is None:
-            raise VerificationError(record.model.name, "its file left the store while it entered", "try again")
-        record = replace(record, model=replace(record.model, file_stamp=stamp))
-        await asyncio.to_thread(self._store.write_torrent, blake3, identified.torrent)
-        await asyncio.to_thread(self._store.write_record, record)
-        self._records[blake3] = record
+        async with self._changing(identified.identity.blake3):
+            if not self.sound(identified.identity.blake3):
+                return await self._enter(identified, record, arrive)
+            if record.model.origin == "published":
+                return await self._enter(identified, record, self._store.keep)
+            known = self._records[identified.identity.blake3]
+            return known.model, await self._hold(identified, known)
+
+    async def _enter(self, identified: Identified, record: Record, arrive: Arrival) -> tuple[Model, list[str]]:
+        record = await stoppable(partial(arrive, record, identified.torrent))
+        self._records[identified.identity.blake3] = record
         await self._ledger.call(Ledger.save_model, record.model)
         if record.model.signed_by is not None:
             await self._trust.remember(record.model.signed_by, record.model.name)
-        notes = await self._seeding.hold(record, [*identified.leaves, *identified.nodes], on_bytes)
+        notes = await self._hold(identified, record)
         self._on_change()
         return record.model, notes
+
+    async def keep_pinned(self, node: IpfsNode, *, own: bool) -> None:
+        """Pin what is here and IPFS has not; where the node is our `own`, unpin what it has and is not here any more."""
+        pins = await node.pins()
+        wanted: set[str] = set().union(*(pinned_for(model) for model in self.models()))
+        if own:
+            # Kubo has pinned a few things of its own, under CIDs of version 0.
+            await self._seeding.forget(node, sorted(cid for cid in pins - wanted if cid.startswith("b")))
+        for model in self.models():
+            if model.quarantined is None and not pinned_for(model) <= pins:
+                async with self._changing(model.identity.blake3):
+                    if self.sound(model.identity.blake3):
+                        await self._seeding.pin(node, self._records[model.identity.blake3])
+
+    async def _hold(self, identified: Identified, record: Record) -> list[str]:
+        return await self._seeding.hold(record, [*identified.leaves, *identified.nodes])
 
     async def remove(self, model: Model) -> None:
         """Forget a model everywhere and delete its file from the store (a hard-linked original stays where it is)."""
         blake3 = model.identity.blake3
-        if blake3 not in self._records:
-            raise NotFound(model.name, "no such model here", "swarmctl ls lists what is here")
-        self.removing(model)
-        await self._seeding.release(model)
-        await asyncio.to_thread(self._store.remove, blake3)
-        self._records.pop(blake3, None)
-        await self._ledger.call(Ledger.remove_model, blake3)
+        async with self._changing(blake3):
+            await self._seeding.release(self.current(model))
+            await asyncio.to_thread(self._store.remove, blake3)
+            self._records.pop(blake3, None)
+            await self._ledger.call(Ledger.remove_model, blake3)
         self._on_change()
 
-    async def check(self, model: Model, on_bytes: Callable[[int], None] | None = None) -> Model:
+    async def check(self, model: Model) -> Model:
         """Rehash a model. Returns it, quarantined if its bytes are no longer the ones that its name promises."""
+        blake3 = model.identity.blake3
+        stamp = await asyncio.to_thread(self._store.stamp, blake3)
         why: str | None = None
         try:
-            identified = await identify(self.path(model), on_bytes)
-            if identified.identity != model.identity:
+            if (await identify(self.path(model))).identity != model.identity:
                 why = "its bytes changed on disk"
         except SwarmError as error:
             why = error.why
-        except OSError:
-            why = "its file is missing"
-        if why is None and model.quarantined is None:
-            return model
-        if why is None:
-            stamp = await asyncio.to_thread(self._store.stamp, model.identity.blake3)
-            return await self._update(replace(model, quarantined=None, file_stamp=stamp or model.file_stamp))
-        await self._seeding.release(model)
-        return await self._update(replace(model, quarantined=why))
+        return await self._judge(model, why, stamp)
 
-    async def _update(self, model: Model) -> Model:
-        record = replace(self._records[model.identity.blake3], model=model)
-        await asyncio.to_thread(self._store.write_record, record)
-        self._records[model.identity.blake3] = record
-        await self._ledger.call(Ledger.save_model, model)
-        if model.quarantined is None:
-            await self._seeding.hold(record, [], None)
+    async def notice_changes(self) -> None:
+        """Quarantine what was changed on disk: a look at inode, size and time of every file, at no byte of them."""
+        for model in self.models():
+            stamp = await asyncio.to_thread(self._store.stamp, model.identity.blake3)
+            known = self._records.get(model.identity.blake3)
+            if known is not None and known.model == model and model.quarantined is None and stamp != model.file_stamp:
+                log.warning("%s changed on disk since it entered the store", model.identity.blake3)
+                with contextlib.suppress(NotFound):  # it is just being removed
+                    await self._judge(model, _CHANGED, stamp)
+
+    async def _judge(self, model: Model, why: str | None, stamp: Stamp | None) -> Model:
+        """Quarantine a model, or take it out of quarantine (`why` is None): its bytes were found right when its stamp was `stamp`."""
+        blake3 = model.identity.blake3
+        async with self._changing(blake3):
+            known = self.current(model)
+            if known.file_stamp != model.file_stamp:
+                return known  # other bytes came in meanwhile
+            judged = replace(known, quarantined=why, file_stamp=stamp if why is None and stamp else known.file_stamp)
+            if judged == known:
+                return judged
+            record = replace(self._records[blake3], model=judged)
+            await asyncio.to_thread(self._store.write_record, record)
+            self._records[blake3] = record
+            await self._ledger.call(Ledger.save_model, judged)
+            if why is None:
+                await self._seeding.hold(record, [])
+            else:
+                await self._seeding.release(judged)
         self._on_change()
-        return model
+        return judged
 
 
 def _means(ref: refs.Ref, model: Model) -> bool:

@@ -7,16 +7,17 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon.engine import gguf
-from daemon.errors import NotFound, UsageError, VerificationError
+from daemon.errors import NotFound, UsageError
 from daemon.transfer.identify import Identified, identify
-from daemon.transfer.library import Library
+from daemon.transfer.library import Arrival, Library
 from daemon.transfer.objects import object_cid
-from daemon.transfer.store import Record, Store, disk_errors
+from daemon.transfer.store import Record, Store, disk_errors, stamp_of
 from daemon.transfer.transfers import Transfer, utc_now
 from registry import envelope, manifest
 from registry.errors import Malformed
@@ -34,7 +35,7 @@ class Publisher:
         """Sign, store, pin, seed and announce `path`. Raises `UsageError`, `NotFound`, `NoSpace`, `Unavailable`."""
         shown = checked_name(name if name is not None else path.stem)
         transfer.name = shown
-        identified, facts = await self.take_in(transfer, path)
+        identified, facts, arrive = await self.identify(transfer, path)
         facts = replace(facts, license=license or facts.license)
         claims = manifest.Manifest(
             identity=identified.identity, name=shown, facts=facts, torrent=object_cid(identified.torrent), source=source, created=utc_now()
@@ -48,24 +49,19 @@ class Publisher:
             manifest=object_cid(signed), signed_by=self._name_of_key, source=source,
         )  # fmt: skip
         transfer.state = "storing"
-        entered, notes = await self._library.enter(identified, Record(model, signed.decode()))
+        entered, notes = await self._library.enter(identified, Record(model, signed.decode()), arrive)
         for text in notes:
             transfer.note(text)
         return entered
 
-    async def take_in(self, transfer: Transfer, path: Path) -> tuple[Identified, GgufFacts]:
-        """Check, identify and place a local file in the store; nothing of it is listed yet."""
+    async def identify(self, transfer: Transfer, path: Path) -> tuple[Identified, GgufFacts, Arrival]:
+        """Check and name a local file, and say how it enters the store; nothing is in the store yet."""
         path = await asyncio.to_thread(_readable_file, path)
         header = await asyncio.to_thread(gguf.inspect, path)
-        before = await asyncio.to_thread(_stamp, path)
-        transfer.size, transfer.state = before[1], "verifying"
+        stamp = await asyncio.to_thread(stamp_of, path)
+        transfer.size, transfer.state = stamp[1], "verifying"
         identified = await identify(path, self._progress(transfer))
-        if await asyncio.to_thread(_stamp, path) != before:
-            raise VerificationError(path.name, "the file changed while it was read", "publish it again when nobody writes to it")
-        transfer.state = "storing"
-        if not self._library.sound(identified.identity.blake3):
-            await asyncio.to_thread(self._store.adopt, path, identified.identity.blake3)
-        return identified, header.facts
+        return identified, header.facts, partial(self._store.adopt, path, stamp)
 
     def _progress(self, transfer: Transfer) -> Callable[[int], None]:
         def on_bytes(done: int) -> None:
@@ -106,8 +102,3 @@ def _readable_file(path: Path) -> Path:
         if not os.access(path, os.R_OK):
             raise UsageError(path.name, "it may not be read", "check its permissions")
     return path
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return (status.st_ino, status.st_size, status.st_mtime_ns)

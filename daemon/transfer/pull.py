@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from daemon.engine import gguf
@@ -18,12 +18,13 @@ from daemon.torrent import metainfo
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Fetch, Sources, Wanted
 from daemon.transfer.identify import Identified, identify
-from daemon.transfer.library import Library
-from daemon.transfer.publish import Publisher, checked_name
+from daemon.transfer.library import Arrival, Library
+from daemon.transfer.publish import Publisher
 from daemon.transfer.resolve import Plan, Resolver, check_torrent
 from daemon.transfer.sources import LeafSink
 from daemon.transfer.store import Record, Store
 from daemon.transfer.transfers import Transfer
+from daemon.waiting import KeyLocks
 from registry.cid import LEAF_SIZE
 from registry.records import GgufFacts, Model
 
@@ -49,7 +50,7 @@ class Puller:
         self._publisher = publisher
         self._torrents = torrents
         self._sources = sources
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._fetching = KeyLocks()  # by Plan.key
 
     async def pull(self, transfer: Transfer, text: str) -> Model:
         """Raises any `SwarmError`; what has been fetched and verified stays for the next try unless it is wrong."""
@@ -60,35 +61,47 @@ class Puller:
         transfer.name, transfer.size = plan.name, plan.size
         if plan.file is not None:
             return await self._take_in(transfer, plan, plan.file)
-        async with self._locks[plan.key]:
-            if plan.identity is not None and self._library.sound(plan.identity.blake3):
-                return self._library.find(plan.identity.cid)
+        async with self._fetching(plan.key):
             plan = await self._with_torrent(plan)
-            identified, facts = await self._fetch_and_verify(transfer, plan)
-            return await self._enter(transfer, plan, identified, facts)
+        # The torrent may have told more names: whoever fetches the same under another one must be waited for too.
+        async with self._fetching(plan.key):
+            if (known := self._here(plan)) is not None:
+                return known
+            identified, facts, arrive = await self._fetch_and_verify(transfer, plan)
+            model = await self._enter(transfer, plan, identified, facts, arrive)
+            await asyncio.to_thread(self._store.discard, plan.key)
+            return model
+
+    def _here(self, plan: Plan) -> Model | None:
+        """The model, if it came in while this pull waited."""
+        for model in self._library.models():
+            same = model.identity.cid == plan.cid or model.identity.infohash_v2 == plan.infohash_v2
+            if same and model.quarantined is None:
+                return model
+        return None
 
     # -- taking in --------------------------------------------------------------------------------------------------
 
     async def _take_in(self, transfer: Transfer, plan: Plan, path: Path) -> Model:
-        identified, facts = await self._publisher.take_in(transfer, path)
-        if self._library.sound(identified.identity.blake3):
-            return self._library.find(identified.identity.cid)
-        return await self._enter(transfer, replace(plan, name=checked_name(plan.name)), identified, facts)
+        identified, facts, arrive = await self._publisher.identify(transfer, path)
+        return await self._enter(transfer, plan, identified, facts, arrive)
 
-    async def _enter(self, transfer: Transfer, plan: Plan, identified: Identified, facts: GgufFacts) -> Model:
+    async def _enter(self, transfer: Transfer, plan: Plan, identified: Identified, facts: GgufFacts, arrive: Arrival) -> Model:
         transfer.state = "storing"
-        name = plan.name if plan.name not in ("", plan.cid) else facts.name or ""
-        if not name.strip():
-            name = identified.identity.blake3[:12]
+        name = plan.name
+        if plan.signed_by is None:
+            name = self._library.unsigned_name(identified, plan.name if plan.name != plan.cid else None, facts.name)
         model = replace(
-            self._library.describe(identified, checked_name(name), facts, "pulled"),
+            self._library.describe(identified, name, facts, "pulled"),
             manifest=plan.manifest, signed_by=plan.signed_by, source=plan.source,
         )  # fmt: skip
-        if plan.signed_by is None:
-            transfer.note("unsigned: nobody vouches for this model beyond its content address")
         if plan.cid is not None and plan.cid != identified.identity.cid:
             transfer.note(f"IPFS lays these bytes out differently there; here their CID is {identified.identity.cid}")
-        entered, notes = await self._library.enter(identified, Record(model, plan.envelope))
+        entered, notes = await self._library.enter(identified, Record(model, plan.envelope), arrive)
+        if entered.signed_by is None:
+            transfer.note("unsigned: nobody vouches for this model beyond its content address")
+            if plan.name not in ("", plan.cid, entered.name):
+                transfer.note(f"here it is called {entered.name}: a publisher is known for the other name, or it is no name")
         for text in notes:
             transfer.note(text)
         transfer.name = entered.name
@@ -114,7 +127,7 @@ class Puller:
         facts = metainfo.parse(torrent)
         return replace(plan, torrent=torrent, size=facts.size, infohash=facts.infohash, infohash_v2=facts.infohash_v2)
 
-    async def _fetch_and_verify(self, transfer: Transfer, plan: Plan) -> tuple[Identified, GgufFacts]:
+    async def _fetch_and_verify(self, transfer: Transfer, plan: Plan) -> tuple[Identified, GgufFacts, Arrival]:
         if plan.size is None:
             raise Unserved(plan.ref, "nobody tells how large it is", "join a node that has it")
         transfer.size, transfer.name = plan.size, transfer.name or plan.name
@@ -135,9 +148,7 @@ class Puller:
             if isinstance(error, VerificationError):
                 raise
             raise VerificationError(plan.name or plan.ref, error.why, "check the reference with whoever gave it") from error
-        await asyncio.to_thread(self._store.accept, path, identified.identity.blake3)
-        await asyncio.to_thread(self._store.discard, key)
-        return identified, header.facts
+        return identified, header.facts, partial(self._store.accept, path)
 
     def _compare(self, plan: Plan, identified: Identified) -> None:
         found = identified.identity
@@ -170,13 +181,10 @@ class Puller:
         size = plan.size or 0
         ours = len(leaves) == max(1, -(-size // LEAF_SIZE))
         sink = LeafSink(path, size, leaves if ours else [])
-        try:
-            await sink.check()
-            await Fetch(self._sources, self._wanted(plan), transfer, sink, None).run()
-            if not ours:
-                await node.drop_blocks(leaves)
-        finally:
-            sink.close()
+        await sink.check()
+        await Fetch(self._sources, self._wanted(plan), transfer, sink, None).run()
+        if not ours:
+            await node.drop_blocks(leaves)
 
     def _wanted(self, plan: Plan) -> Wanted:
         return Wanted(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from daemon.errors import BackendError, SwarmError, VerificationError
 from daemon.ipfs.interface import IpfsNode
@@ -24,7 +24,7 @@ class Seeding:
         self._ipfs = ipfs
         self._ipfs_enabled = ipfs_enabled
 
-    async def hold(self, record: Record, blocks: Sequence[str], on_bytes: Callable[[int], None] | None) -> list[str]:
+    async def hold(self, record: Record, blocks: Sequence[str]) -> list[str]:
         """Seed and pin one model. `blocks` are cached blocks of it that may be dropped, so that the disk holds it once.
 
         Returns notes for people: a network that is away now is no reason to refuse a model, it follows when it is back.
@@ -32,54 +32,64 @@ class Seeding:
         notes: list[str] = []
         if record.model.quarantined is not None:
             return notes
-        await self._seed(record)
+        try:
+            await self._seed(record)
+        except BackendError as error:
+            # Most likely somebody downloads the same just now; it is seeded when that ends.
+            log.warning("not seeded yet: %s", error)
+            notes.append(f"not on BitTorrent yet ({error.why})")
         if self._ipfs_enabled:
             node = self._ipfs()
             try:
                 if node is None:
                     raise BackendError("IPFS", "not running")
-                await self._pin(node, record, blocks, on_bytes)
+                await self._pin(node, record, blocks)
             except BackendError as error:
                 log.warning("not pinned yet: %s", error)
                 notes.append(f"not on IPFS yet ({error.why}); it will be pinned when IPFS is back")
         return notes
 
     async def release(self, model: Model) -> None:
+        """Seed and pin a model no more. What an IPFS that goes away in the middle keeps of it, `forget` removes later."""
         if self._torrents is not None:
             await self._torrents.forget(model.identity.infohash_v2)
         node = self._ipfs()
         if node is not None:
-            for pinned in (model.identity.cid, model.manifest, model.torrent):
-                if pinned is not None:
-                    await node.remove_in_place(pinned)
+            await self.forget(node, pinned_for(model))
+
+    async def forget(self, node: IpfsNode, cids: Iterable[str]) -> None:
+        for cid in cids:
+            try:
+                await node.remove_in_place(cid)
+            except SwarmError as error:
+                log.warning("cannot unpin %s: %s", cid, error)
 
     async def seed_all(self, records: Sequence[Record]) -> None:
         for record in records:
             if record.model.quarantined is None:
-                await self._seed(record)
-
-    async def pin_all(self, node: IpfsNode, records: Sequence[Record]) -> None:
-        """Called each time that IPFS comes up: pins what came in while it was away, and what a lost repository forgot."""
-        pins = await node.pins()
-        for record in records:
-            model = record.model
-            wanted = {c for c in (model.identity.cid, model.manifest, model.torrent) if c is not None}
-            if model.quarantined is None and not wanted <= pins:
                 try:
-                    await self._pin(node, record, [], None)
-                except SwarmError as error:
-                    log.warning("cannot pin %s: %s", model.identity.cid, error)
+                    await self._seed(record)
+                except SwarmError as error:  # one damaged .torrent must not keep the others, and the daemon, from starting
+                    log.warning("cannot seed %s: %s", record.model.identity.blake3, error)
+
+    async def pin(self, node: IpfsNode, record: Record) -> None:
+        """Pin a model that came in while IPFS was away, or that a lost repository forgot."""
+        if not pinned_for(record.model) <= await node.pins():
+            try:
+                await self._pin(node, record, [])
+            except SwarmError as error:
+                log.warning("cannot pin %s: %s", record.model.identity.cid, error)
 
     async def _seed(self, record: Record) -> None:
         torrent = await asyncio.to_thread(self._store.read_torrent, record.model.identity.blake3)
         if self._torrents is not None and torrent is not None:
             await self._torrents.seed(torrent, self._store.path(record.model.identity.blake3))
 
-    async def _pin(self, node: IpfsNode, record: Record, blocks: Sequence[str], on_bytes: Callable[[int], None] | None) -> None:
+    async def _pin(self, node: IpfsNode, record: Record, blocks: Sequence[str]) -> None:
         model = record.model
         if blocks:
             await node.drop_blocks(blocks)
-        added = await node.add_in_place(self._store.path(model.identity.blake3), on_bytes)
+        added = await node.add_in_place(self._store.path(model.identity.blake3))
         if added != model.identity.cid:
             raise VerificationError(model.name, "IPFS gives its file another CID", "swarmctl fsck tells whether the file changed")
         torrent = await asyncio.to_thread(self._store.read_torrent, model.identity.blake3)
@@ -89,3 +99,8 @@ class Seeding:
             await node.add_in_place(self._store.torrents / f"{model.identity.blake3}.torrent")
         if record.envelope is not None:
             await node.add_bytes(record.envelope.encode())
+
+
+def pinned_for(model: Model) -> set[str]:
+    """The CIDs that IPFS keeps for a model."""
+    return {cid for cid in (model.identity.cid, model.manifest, model.torrent) if cid is not None}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Protocol
 from daemon.errors import SwarmError, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.transfer.store import disk_errors
+from daemon.waiting import Stopped, stoppable
 from registry.cid import LEAF_SIZE, leaf_cid
 
 _RANGE = 16 << 20  # bytes asked for at once; one Bitswap session each
@@ -53,12 +55,10 @@ class LeafSink:
     """
 
     def __init__(self, path: Path, size: int, leaves: Sequence[str]) -> None:
+        self._path = path
         self._leaves = leaves
         self._size = size
         self._missing: set[int] = set(range(-(-size // LEAF_SIZE)))
-        with disk_errors("download"):
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            os.ftruncate(self._handle, size)
 
     @property
     def piece_length(self) -> int:
@@ -68,13 +68,19 @@ class LeafSink:
         return min(LEAF_SIZE, self._size - index * LEAF_SIZE)
 
     async def check(self) -> None:
-        """Find the leaves that an earlier try has left behind."""
-        if self._leaves:
-            self._missing = await asyncio.to_thread(self._find_missing)
+        """Make the file, or find the leaves that an earlier try has left behind in it."""
+        self._missing = await stoppable(self._find_missing)
 
-    def _find_missing(self) -> set[int]:
-        with disk_errors("download"):
-            return {i for i, cid in enumerate(self._leaves) if leaf_cid(os.pread(self._handle, self.piece_size(i), i * LEAF_SIZE)) != cid}
+    def _find_missing(self, stop: threading.Event) -> set[int]:
+        missing = set(self._missing)
+        with disk_errors("download"), open(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb", buffering=0) as file:
+            os.ftruncate(file.fileno(), self._size)
+            for index, cid in enumerate(self._leaves):
+                if stop.is_set():
+                    raise Stopped
+                if leaf_cid(os.pread(file.fileno(), self.piece_size(index), index * LEAF_SIZE)) == cid:
+                    missing.discard(index)
+        return missing
 
     def missing(self) -> list[int]:
         return sorted(self._missing)
@@ -88,8 +94,9 @@ class LeafSink:
     def _write(self, index: int, data: bytes) -> bool:
         if self._leaves and leaf_cid(data) != self._leaves[index]:
             return False
-        with disk_errors("download"):
-            os.pwrite(self._handle, data, index * LEAF_SIZE)
+        # Opened each time: a thread that outlives a cancelled pull must not write to whatever has the number of a closed file.
+        with disk_errors("download"), self._path.open("r+b", buffering=0) as file:
+            os.pwrite(file.fileno(), data, index * LEAF_SIZE)
         return True
 
     def exclude(self, pieces: Sequence[int]) -> None:
@@ -97,9 +104,6 @@ class LeafSink:
 
     def include(self, pieces: Sequence[int]) -> None:
         """Nobody else writes here."""
-
-    def close(self) -> None:
-        os.close(self._handle)
 
 
 class RateLimit:

@@ -1,7 +1,8 @@
 """The model store on disk: `models/<blake3>.gguf` with its record `models/<blake3>.json`, and `torrents/<blake3>.torrent`.
 
-The record is written last and atomically: a model is in the store when its record is. Everything that the ledger says about
-models can be told again from here. All functions block; call them in a thread.
+A model is in the store when its file is: the file comes last, by one rename, and goes first. A crash in between leaves a record
+that nobody reads, never a file of which nothing is known. Everything that the ledger says about models can be told again from
+here. All functions block; call them in a thread.
 
 How a file enters: reflink where the filesystem can, else a hard link, else a copy. The original is never changed.
 """
@@ -15,17 +16,24 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from daemon.errors import NoSpace, Unavailable
+from daemon.errors import NoSpace, Unavailable, VerificationError
+from daemon.waiting import Stopped
 from registry.records import GgufFacts, Identity, Model
+
+Stamp = tuple[int, int, int]  # inode, size and mtime (ns): a change of any of them means that the bytes cannot be trusted
 
 _FICLONE = 0x40049409  # linux/fs.h; the same on x86-64 and aarch64
 _COPY_CHUNK = 8 << 20
 _RECORD_LIMIT = 256 << 10  # bytes; a record with its manifest is about 3 KiB
 _SPARE = 64 << 20  # bytes of disk that no download may take
+_PARTIAL_S = 30 * 24 * 3600  # what an unfinished download has is kept so long after its last byte
+_NEW = ".new-"  # begins the name of what is still being made
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,16 @@ class Store:
         with disk_errors("data folder"):
             for folder in (self.models, self.torrents, self.partials):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._clean(time.time() - _PARTIAL_S)
+
+    def _clean(self, before: float) -> None:
+        """Remove what a crash left half made, and downloads that nobody went on with."""
+        for new in [*self.models.glob(_NEW + "*"), *self.torrents.glob(_NEW + "*")]:
+            new.unlink()
+        for folder in filter(Path.is_dir, self.partials.iterdir()):
+            changed = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
+            if folder.name.startswith(_NEW) or changed < before:
+                shutil.rmtree(folder)
 
     def path(self, blake3: str) -> Path:
         return self.models / f"{blake3}.gguf"
@@ -81,43 +99,52 @@ class Store:
 
     # -- how a file enters ------------------------------------------------------------------------------------------
 
-    def adopt(self, original: Path, blake3: str, on_bytes: Callable[[int], None] | None = None) -> Path:
-        """Give `original` its place in the store without changing it. Raises `NoSpace` or `Unavailable`."""
-        target = self.path(blake3)
-        with disk_errors(original.name), tempfile.TemporaryDirectory(dir=self.partials) as folder:
-            temporary = Path(folder) / target.name
-            _clone(original, temporary) or _link(original, temporary) or self._copy(original, temporary, on_bytes)
-            temporary.replace(target)
-            _sync_folder(self.models)
-        return target
+    def adopt(self, original: Path, stamp: Stamp, record: Record, torrent: bytes, stop: threading.Event) -> Record:
+        """Give `original` its place in the store without changing it. Raises `NoSpace`, `Unavailable`, and `VerificationError`
+        when it is no longer the file of `stamp`."""
+        with disk_errors(original.name), tempfile.TemporaryDirectory(dir=self.partials, prefix=_NEW) as folder:
+            temporary = Path(folder) / "model.gguf"
+            _clone(original, temporary) or _link(original, temporary) or self._copy(original, temporary, stop)
+            if stamp_of(original) != stamp:
+                raise VerificationError(original.name, "the file changed while it was read", "publish it again when nobody writes to it")
+            return self._place(temporary, record, torrent)
 
-    def accept(self, partial: Path, blake3: str) -> Path:
+    def accept(self, partial: Path, record: Record, torrent: bytes, stop: threading.Event) -> Record:
         """Move a verified download to its place."""
-        target = self.path(blake3)
         with disk_errors("download"):
             _sync_file(partial)
             partial.chmod(0o444)
-            partial.replace(target)
-            _sync_folder(self.models)
-        return target
+            return self._place(partial, record, torrent)
 
-    def _copy(self, original: Path, target: Path, on_bytes: Callable[[int], None] | None) -> bool:
+    def keep(self, record: Record, torrent: bytes, stop: threading.Event) -> Record:
+        """A new record for a file that is in its place already."""
+        with disk_errors("model"):
+            return self._describe(self.path(record.model.identity.blake3), record, torrent)
+
+    def _place(self, temporary: Path, record: Record, torrent: bytes) -> Record:
+        record = self._describe(temporary, record, torrent)
+        temporary.replace(self.path(record.model.identity.blake3))
+        _sync_folder(self.models)
+        return record
+
+    def _describe(self, file: Path, record: Record, torrent: bytes) -> Record:
+        record = replace(record, model=replace(record.model, file_stamp=stamp_of(file)))
+        _write_atomically(self.torrents / f"{record.model.identity.blake3}.torrent", torrent)
+        self.write_record(record)
+        return record
+
+    def _copy(self, original: Path, target: Path, stop: threading.Event) -> bool:
         self.require_space(original.stat().st_size, original.name)
         with original.open("rb") as source, target.open("wb") as copy:
-            done = 0
             while chunk := source.read(_COPY_CHUNK):
                 copy.write(chunk)
-                done += len(chunk)
-                if on_bytes is not None:
-                    on_bytes(done)
+                if stop.is_set():
+                    raise Stopped
         _sync_file(target)
         target.chmod(0o444)
         return True
 
     # -- records ----------------------------------------------------------------------------------------------------
-
-    def write_torrent(self, blake3: str, torrent: bytes) -> None:
-        _write_atomically(self.torrents / f"{blake3}.torrent", torrent)
 
     def read_torrent(self, blake3: str) -> bytes | None:
         try:
@@ -126,7 +153,6 @@ class Store:
             return None
 
     def write_record(self, record: Record) -> None:
-        """The moment at which the model is in the store."""
         document = {"model": asdict(record.model), "envelope": record.envelope}
         _write_atomically(self.models / f"{record.model.identity.blake3}.json", json.dumps(document, indent=1).encode())
 
@@ -150,19 +176,22 @@ class Store:
         """The blake3 of every model file in the store, as their names say."""
         return sorted(path.stem for path in self.models.glob("*.gguf") if len(path.stem) == 64)
 
-    def stamp(self, blake3: str) -> tuple[int, int, int] | None:
-        """Inode, size and mtime (ns) of a model's file: a change of any of them means that the bytes cannot be trusted."""
+    def stamp(self, blake3: str) -> Stamp | None:
+        """The stamp of a model's file; None when it is not there."""
         try:
-            status = self.path(blake3).stat()
+            return stamp_of(self.path(blake3))
         except OSError:
             return None
-        return (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def remove(self, blake3: str) -> None:
-        """Record first: a crash in between leaves a file that is identified anew, never a record without a file."""
         with disk_errors("model"):
-            for path in (self.models / f"{blake3}.json", self.path(blake3), self.torrents / f"{blake3}.torrent"):
+            for path in (self.path(blake3), self.models / f"{blake3}.json", self.torrents / f"{blake3}.torrent"):
                 path.unlink(missing_ok=True)
+
+
+def stamp_of(path: Path) -> Stamp:
+    status = path.stat()
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _clone(original: Path, target: Path) -> bool:
@@ -190,7 +219,7 @@ def _link(original: Path, target: Path) -> bool:
 
 def _write_atomically(path: Path, data: bytes) -> None:
     with disk_errors(path.suffix.lstrip(".")):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".new")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_NEW)
         temporary = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
