@@ -128,7 +128,7 @@ class KuboNode:
         except (RpcError, Unserved):
             layout = None  # nothing of it is here, or not enough to find the rest
         try:
-            await self._rpc.call("pin/rm", cid)
+            await self._timed(self._rpc.call("pin/rm", cid))
         except RpcError as error:
             if "not pinned" not in error.why:
                 raise
@@ -163,11 +163,14 @@ class KuboNode:
         return cid
 
     async def drop_blocks(self, cids: Sequence[str]) -> None:
-        for batch in _batches(cids):
-            async for result in self._rpc.lines("block/rm", *batch, timeout_s=_ADD_S, options={"force": True, "quiet": True}):
-                # A block that something else pins stays, and should.
-                if (why := result.get("Error")) and "pinned" not in why:
-                    raise refused("block/rm", str(why))
+        try:
+            for batch in _batches(cids):
+                async for result in self._rpc.lines("block/rm", *batch, timeout_s=_ADD_S, options={"force": True, "quiet": True}):
+                    # A block that something else pins stays, and should.
+                    if (why := result.get("Error")) and "pinned" not in why:
+                        raise refused("block/rm", str(why))
+        except TimeoutError as error:
+            raise gone(error) from error
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

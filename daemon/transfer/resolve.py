@@ -15,18 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from daemon.errors import Ambiguous, NotFound, SwarmError, Unavailable, Unserved, UsageError, VerificationError
+from daemon.errors import Ambiguous, NotFound, Refused, SwarmError, Unavailable, Unserved, UsageError, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.torrent import metainfo
 from daemon.transfer.objects import MANIFEST_LIMIT, TORRENT_LIMIT, Objects, object_cid
 from daemon.trust import TrustBook
 from registry import codes, envelope, manifest, refs, routing
 from registry.errors import Malformed, NotVerified
-from registry.records import Address, Identity, Offer, Peer
+from registry.records import Address, Identity, Offer, Peer, Trust
 
 log = logging.getLogger(__name__)
 
 _GOSSIP_WAIT_S = 3.0  # how long an unknown code may take to be announced
+_MANIFESTS = 16  # of one model that are looked at, those that most nodes name first
+_STANDING: tuple[Trust, ...] = ("trusted", "pinned", "unknown", "MISMATCH", "blocked")
 _CID_DEADLINE_S = 30.0  # how long IPFS may look for a bare CID
 
 
@@ -82,7 +84,7 @@ class Resolver:
             case refs.PathRef(path=path):
                 return Plan(ref=text, name=Path(path).stem, file=Path(path))
             case refs.CodeRef() | refs.NameRef() as ref:
-                return await self._from_offers(text, await self._announced(text, ref))
+                return self._allowed(await self._from_offers(text, await self._announced(text, ref)))
             case refs.CidRef(cid=cid):
                 return await self._from_cid(text, cid)
             case refs.MagnetRef() as magnet:
@@ -91,6 +93,16 @@ class Resolver:
                 raise UsageError(
                     text, "hf: and https references cannot be pulled yet", "download the file and publish it, or use a code, CID or magnet"
                 )
+
+    def _allowed(self, plan: Plan) -> Plan:
+        """Of a code or a name, which others can fit to their bytes, what nobody signed under a publisher's name is refused."""
+        if plan.signed_by is None and self._trust.publisher(plan.name) is not None:
+            raise Refused(
+                plan.name,
+                "nobody signed these bytes, and a publisher is known for this name",
+                f"check with the publisher; swarmctl pull {plan.cid} takes them without a signature and under another name",
+            )
+        return plan
 
     # -- offers -----------------------------------------------------------------------------------------------------
 
@@ -140,24 +152,26 @@ class Resolver:
     # -- manifests --------------------------------------------------------------------------------------------------
 
     async def _with_manifest(self, plans: Sequence[Plan]) -> Plan:
-        """The first plan whose manifest verifies. Raises what was wrong with them when none does."""
-        wrong: VerificationError | None = None
-        for plan in plans:
-            cid = str(plan.manifest)
-            try:
-                data = await self._objects.get(cid, plan.holders, limit=MANIFEST_LIMIT)
-                return self.believe(plan, cid, data)
-            except Unserved:
-                log.info("manifest %s was not to be had", cid)
-            except VerificationError as error:
-                wrong = error
-        if wrong is not None:
-            raise wrong
+        """The plan whose manifest verifies and whose signer is trusted most. Raises what was wrong with them when there is none.
+
+        All are asked for at once, so that those who announce manifests that nobody gives cannot keep it waiting one by one.
+        """
+        outcomes = await asyncio.gather(*(self._signed(plan) for plan in plans[:_MANIFESTS]), return_exceptions=True)
+        signed = [outcome for outcome in outcomes if isinstance(outcome, Plan)]
+        if signed:
+            return min(signed, key=lambda plan: _STANDING.index(self._trust.decide(plan.signed_by, plan.name)))
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, Unserved):
+                raise outcome
         raise VerificationError(
             plans[0].name or plans[0].ref,
             "its signature could not be checked, nobody gave the manifest",
             "try again when its publisher is online",
         )
+
+    async def _signed(self, plan: Plan) -> Plan:
+        cid = str(plan.manifest)
+        return self.believe(plan, cid, await self._objects.get(cid, plan.holders, limit=MANIFEST_LIMIT))
 
     def believe(self, plan: Plan, cid: str, data: bytes) -> Plan:
         """What a manifest's signer promises about the plan's bytes. Raises `VerificationError` or `Refused`."""
@@ -176,7 +190,7 @@ class Resolver:
         for kind, wanted, promised in asked:
             if wanted is not None and wanted != promised:
                 raise VerificationError(what, f"its manifest speaks of another {kind}", "check the reference with whoever gave it")
-        signer = opened.keys[0]
+        signer = min(opened.keys, key=lambda key: _STANDING.index(self._trust.decide(key, claims.name)))
         self._trust.require(signer, claims.name)
         return replace(
             plan, name=claims.name, size=identity.size, cid=identity.cid, infohash=identity.infohash, infohash_v2=identity.infohash_v2,
@@ -216,12 +230,18 @@ class Resolver:
             )
 
         offers = [offer for offer in self._peers.offers() if same(offer)]
-        if offers:
-            return replace(await self._from_offers(text, offers), bittorrent=magnet.peers)
-        return Plan(
+        known = Plan(
             ref=text, name=magnet.name or "", size=magnet.size, infohash=magnet.infohash, infohash_v2=magnet.infohash_v2,
             bittorrent=magnet.peers,
         )  # fmt: skip
+        if not offers:
+            return known
+        plan = replace(await self._from_offers(text, offers), bittorrent=magnet.peers)
+        if plan.signed_by is not None:
+            return plan
+        # Without a signature only the magnet says which bytes are wanted. Where the offers differ, one of them lies about them.
+        agreed = len({(offer.cid, offer.size) for offer in offers}) == 1
+        return replace(known, holders=plan.holders, cid=plan.cid if agreed else None, size=plan.size if agreed else magnet.size)
 
     # -- the torrent ------------------------------------------------------------------------------------------------
 

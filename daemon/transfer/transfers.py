@@ -81,10 +81,11 @@ class Transfers:
     async def open(self, resume: Callable[[str], Transfer]) -> None:
         """Go on with the pulls that a stop or a crash has interrupted. `resume(ref)` starts one."""
         for row in await self._ledger.call(Ledger.transfers):
-            if row.kind == "pull" and row.state not in FINAL:
-                await self._ledger.call(
-                    Ledger.save_transfer, TransferRow(row.id, row.kind, row.ref, "cancelled", row.started, utc_now(), None)
-                )
+            if row.state in FINAL:
+                continue
+            ended = TransferRow(row.id, row.kind, row.ref, "cancelled", row.started, utc_now(), None)
+            await self._ledger.call(Ledger.save_transfer, ended)
+            if row.kind == "pull":
                 try:
                     resume(row.ref)
                 except SwarmError as error:
@@ -127,15 +128,6 @@ class Transfers:
             yield transfer
             await asyncio.wait([task], timeout=_TICK_S)
         yield transfer
-
-    async def wait(self, transfer: Transfer) -> Model:
-        """The model that the transfer brings. Raises its error."""
-        await asyncio.wait([self._tasks[transfer.id]])
-        if transfer.error is not None:
-            raise transfer.error
-        if transfer.model is None:
-            raise NotFound(transfer.ref, "the transfer was cancelled", "start it again: it goes on where it was")
-        return transfer.model
 
     async def close(self) -> None:
         """Stop everything; unfinished pulls stay unfinished in the ledger and go on at the next start."""

@@ -223,3 +223,37 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_an_original_that_is_edited_in_place_is_withdrawn_at_once(node: Callable[[str], Node], original: Path) -> None:
+    a = node("a").up("--ipfs-enabled", "false")
+    model = a.run("publish", str(original))
+    if blob(a, model).stat().st_ino != original.stat().st_ino:
+        pytest.skip("this filesystem clones files: an edit of the original is none of the copy")
+    with original.open("r+b") as file:
+        file.seek(SIZE // 2)
+        file.write(b"edited")
+    until(lambda: a.run("ls")[0]["state"] == "quarantined", "the quarantine")
+    assert a.run("models") == []
+    assert a.run("status")["bittorrent"]["torrents"] == 0
+
+
+def test_what_is_removed_while_ipfs_is_away_is_unpinned_when_it_is_back(
+    node: Callable[[str], Node], original: Path, kubo_binary: Path
+) -> None:
+    a = node("a").up()
+    kept = a.run("publish", str(tiny_gguf(original.with_name("kept.gguf"), MIB, seed=3)))
+    model = a.run("publish", str(original))
+    environment = {**os.environ, "IPFS_PATH": str(a.home / "ipfs")}
+
+    def pins() -> str:
+        listed = subprocess.run([kubo_binary, "pin", "ls", "--type=recursive"], env=environment, capture_output=True, text=True)
+        return listed.stdout
+
+    assert model["cid"] in pins()
+    os.kill(a.run("status")["ipfs"]["pid"], signal.SIGKILL)
+    until(lambda: a.run("status")["ipfs"]["state"] != "ready", "the end of Kubo")
+    a.run("rm", model["cid"])
+    until(lambda: a.run("status")["ipfs"]["state"] == "ready", "Kubo's return")
+    until(lambda: kept["cid"] in pins() and model["cid"] not in pins() and model["manifest"] not in pins(), "the end of the pin")
+    assert kept["manifest"] in pins()

@@ -1,0 +1,140 @@
+"""Whose word counts: several manifests of the same bytes, several keys of one manifest, and offers that nobody signed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from daemon.errors import Refused, Unserved, VerificationError
+from daemon.ledger import LedgerThread
+from daemon.transfer.objects import object_cid
+from daemon.transfer.resolve import Plan, Resolver
+from daemon.trust import TrustBook
+from registry import envelope, manifest, refs, strictjson
+from registry.records import GgufFacts, Identity, Offer, Peer
+
+CID = object_cid(b"the bytes")
+IDENTITY = Identity(9, "aa" * 32, "bb" * 32, CID, "cc" * 20, "dd" * 32)
+ALICE, MALLORY = Ed25519PrivateKey.from_private_bytes(b"a" * 32), Ed25519PrivateKey.from_private_bytes(b"m" * 32)
+
+
+def signed(*keys: Ed25519PrivateKey, name: str = "Qwen") -> bytes:
+    claims = manifest.Manifest(
+        identity=IDENTITY, name=name, facts=GgufFacts("llama", None, None, None, None, None, None), torrent=None, source=None,
+        created="2026-11-21T12:00:00Z",
+    )  # fmt: skip
+    each = [strictjson.loads(envelope.sign(manifest.PAYLOAD_TYPE, manifest.build(claims), key), limit=1 << 16, what="it") for key in keys]
+    return strictjson.dumps({**each[0], "signatures": [one["signatures"][0] for one in each]})
+
+
+class World:
+    """What others announce and give. An object that nobody gives is looked for until everything else has been tried."""
+
+    def __init__(self) -> None:
+        self.found: list[Offer] = []
+        self.objects: dict[str, bytes] = {}
+        self.asked: list[str] = []
+
+    def offer(self, data: bytes | None, **more: Any) -> None:
+        made = Offer(
+            f"node {len(self.found)}", CID, IDENTITY.infohash, IDENTITY.infohash_v2, None if data is None else object_cid(data), "Qwen", 9,
+            serving=False,
+        )  # fmt: skip
+        self.found.append(replace(made, **more))
+        if data is not None:
+            self.objects[object_cid(data)] = data
+
+    def offers(self) -> Sequence[Offer]:
+        return self.found
+
+    def peer(self, node: str) -> Peer | None:
+        return None
+
+    async def get(self, cid: str, holders: object, *, limit: int) -> bytes:
+        self.asked.append(cid)
+        if self.objects[cid]:
+            return self.objects[cid]
+        while len(set(self.asked)) < len(self.objects):
+            await asyncio.sleep(0)
+        raise Unserved(cid, "nobody gave it")
+
+
+@pytest.fixture
+async def trust(tmp_path: Path) -> Any:
+    ledger = await LedgerThread.open(tmp_path / "ledger.db")
+    book = TrustBook(ledger, "ed25519:" + "00" * 32)
+    await book.open()
+    yield book
+    await ledger.close()
+
+
+def resolving(world: World, trust: TrustBook) -> Resolver:
+    return Resolver(world, world, trust, lambda: None, False)  # type: ignore[arg-type]  # only `get` of the objects is asked
+
+
+async def resolved(world: World, trust: TrustBook, ref: str = CID) -> Plan:
+    async with asyncio.timeout(20):
+        return await resolving(world, trust).resolve(ref)
+
+
+async def test_a_stranger_beside_the_known_publisher_neither_wins_nor_stops_the_pull(trust: TrustBook) -> None:
+    world = World()
+    world.offer(signed(MALLORY))
+    world.offer(signed(ALICE))
+    await trust.remember(envelope.key_name(ALICE), "Qwen")
+    assert (await resolved(world, trust)).signed_by == envelope.key_name(ALICE)
+    await trust.set(envelope.key_name(MALLORY), "trusted")
+    assert (await resolved(world, trust)).signed_by == envelope.key_name(MALLORY)
+    await trust.set(envelope.key_name(MALLORY), "blocked")
+    assert (await resolved(world, trust)).signed_by == envelope.key_name(ALICE)
+    world.found = world.found[:1]
+    with pytest.raises(Refused, match="blocked"):
+        await resolved(world, trust)
+
+
+async def test_manifests_that_nobody_gives_are_not_waited_for_one_by_one(trust: TrustBook) -> None:
+    world = World()
+    for number in range(5):
+        world.offer(None, manifest=f"nobody {number}")
+        world.objects[f"nobody {number}"] = b""
+    with pytest.raises(VerificationError, match="could not be checked"):
+        await resolved(world, trust)
+    world.offer(signed(ALICE))
+    assert (await resolved(world, trust)).signed_by == envelope.key_name(ALICE)
+
+
+@pytest.mark.parametrize("keys", [(ALICE, MALLORY), (MALLORY, ALICE)])
+async def test_of_several_signers_the_best_known_counts(trust: TrustBook, keys: tuple[Ed25519PrivateKey, ...]) -> None:
+    world = World()
+    world.offer(signed(*keys))
+    await trust.remember(envelope.key_name(ALICE), "Qwen")
+    assert (await resolved(world, trust)).signed_by == envelope.key_name(ALICE)
+
+
+async def test_an_unsigned_offer_under_a_publishers_name(trust: TrustBook) -> None:
+    world = World()
+    world.offer(None)
+    assert (await resolved(world, trust, "Qwen")).signed_by is None
+    await trust.remember(envelope.key_name(ALICE), "Qwen")
+    with pytest.raises(Refused, match="nobody signed these bytes"):
+        await resolved(world, trust, "Qwen")
+    assert (await resolved(world, trust)).signed_by is None  # the CID says itself which bytes are meant
+    world.offer(signed(ALICE))
+    assert (await resolved(world, trust, "Qwen")).signed_by == envelope.key_name(ALICE)  # and who leaves it out takes nothing away
+
+
+async def test_a_magnet_says_itself_which_bytes_are_meant(trust: TrustBook) -> None:
+    world = World()
+    magnet = refs.magnet(IDENTITY.infohash, None, "Qwen", 9)
+    world.offer(None)
+    plan = await resolved(world, trust, magnet)
+    assert (plan.cid, plan.infohash, plan.infohash_v2) == (CID, IDENTITY.infohash, None)
+    world.offer(None, cid=object_cid(b"other bytes"), infohash_v2="ee" * 32, size=10)
+    plan = await resolved(world, trust, magnet)
+    assert (plan.cid, plan.size, plan.infohash_v2) == (None, 9, None)
