@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -72,13 +74,16 @@ _STOP_S = 4.5  # for the background loops, Kubo among them
 
 
 def main() -> int:
+    as_json = "--json" in sys.argv  # also when the line does not parse
     try:
         config = _arguments(sys.argv[1:])
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
         with Home(config.home) as home:
-            asyncio.run(_Daemon(config, home).run())
+            asyncio.run(_Daemon(config, home, tell=_tell if as_json else None).run())
     except SwarmError as error:
         print(f"error: {error}", file=sys.stderr)
+        if as_json:
+            _tell(error.as_json())
         return error.exit_code
     except Exception:  # the only case with a traceback: it is ours
         traceback.print_exc()
@@ -87,9 +92,16 @@ def main() -> int:
     return 0
 
 
+def _tell(document: Mapping[str, Any]) -> None:
+    """The one JSON document of `swarmctl daemon --json`: the status when it is ready, or why it is not."""
+    with suppress(OSError):  # that nobody reads it must not end a node
+        print(json.dumps(document, indent=2), flush=True)
+
+
 def _arguments(words: Sequence[str]) -> Config:
     parser = argparse.ArgumentParser("swarmctl daemon", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--json", action="store_true")
     for name in settings.settings():
         parser.add_argument("--" + name.replace(".", "-").replace("_", "-"), dest=name)
     try:
@@ -98,7 +110,7 @@ def _arguments(words: Sequence[str]) -> Config:
         raise UsageError("daemon", str(error), "docs/settings.md lists the settings") from error
     if unknown:
         raise UsageError(unknown[0], "no such setting", "docs/settings.md lists them")
-    values = {name: value for name, value in vars(known).items() if name != "home" and value is not None}
+    values = {name: value for name, value in vars(known).items() if name not in ("home", "json") and value is not None}
     return settings.load(known.home.expanduser().absolute(), flags=values)
 
 
@@ -131,8 +143,9 @@ class _Voice:
 class _Daemon:
     """Each part goes on the stack where it is built, so that the end is the beginning reversed."""
 
-    def __init__(self, config: Config, home: Home) -> None:
+    def __init__(self, config: Config, home: Home, tell: Callable[[Mapping[str, Any]], None] | None) -> None:
         self._config = config
+        self._tell = tell
         self._home = home
         self._key = home.node_key()
         self._node = envelope.key_name(self._key)
@@ -151,8 +164,10 @@ class _Daemon:
             voice = await self._voice(stack, has)
             transfers, puller, publisher = await self._transfers(stack, has, voice)
             await self._start(voice, has)
-            await self._api(stack, has, voice, transfers, puller, publisher)
+            status = await self._api(stack, has, voice, transfers, puller, publisher)
             log.info("ready")
+            if self._tell is not None:
+                self._tell(await status.read())
             await self._stop.wait()
             log.info("stopping")
 
@@ -278,7 +293,7 @@ class _Daemon:
 
     async def _api(
         self, stack: AsyncExitStack, has: _Holdings, voice: _Voice, transfers: Transfers, puller: Puller, publisher: Publisher
-    ) -> None:
+    ) -> Status:
         config = self._config
 
         def pull(ref: str) -> Transfer:
@@ -315,6 +330,7 @@ class _Daemon:
         await transfers.open(pull)
         self._home.write_daemon_json(status.api, version("swarmctl"))
         stack.callback(self._home.remove_daemon_json)
+        return status
 
 
 def _address(text: str) -> Address:

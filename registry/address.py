@@ -1,7 +1,8 @@
-"""A node's address as people hand it on: `swarmctl://<64 hex of the node key>?ipfs=MULTIADDR&bt=HOST:PORT&http=URL`.
+"""A node's address as people hand it on: `swarmctl://<64 hex of the node key>/ipfs=MULTIADDR,bt=HOST:PORT,http=URL`.
 
 Every part of a node that is on has its own fields, each repeatable, so that `join` works with IPFS off. A bare multiaddr
-that ends in /p2p/ID is taken too; its node key is then not known (`node` is empty).
+that ends in /p2p/ID is taken too; its node key is then not known (`node` is empty). No character means anything to a shell, so
+that an address may be pasted without quotes; the `?` and `&` of an ordinary URL are understood as well.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from registry.records import Address
 SCHEME = "swarmctl://"
 MAX_ADDRESS = 8192  # characters
 
+_MAX_FIELDS = 3 * MAX_ENDPOINTS
 _ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
@@ -26,7 +28,7 @@ def format_address(address: Address) -> str:
     """The address as one line without spaces; at most `MAX_ENDPOINTS` of each kind are written."""
     kinds = (("ipfs", address.ipfs), ("bt", address.bittorrent), ("http", address.http))
     fields = [f"{kind}={quote(value, safe='/:')}" for kind, values in kinds for value in values[:MAX_ENDPOINTS]]
-    return f"{SCHEME}{address.node.removeprefix('ed25519:')}" + ("?" + "&".join(fields) if fields else "")
+    return f"{SCHEME}{address.node.removeprefix('ed25519:')}" + ("/" + ",".join(fields) if fields else "")
 
 
 def parse_address(text: str) -> Address:
@@ -38,10 +40,10 @@ def parse_address(text: str) -> Address:
         return Address("", ipfs=(endpoints.multiaddr(text),))
     if not text.startswith(SCHEME):
         raise Malformed(f"not a node's address: {shown(text)}; one begins with {SCHEME} or is a multiaddr")
-    key, _, query = text.removeprefix(SCHEME).partition("?")
-    node = check_key("ed25519:" + key.rstrip("/").lower())
+    key, *query = re.split("[/?]", text.removeprefix(SCHEME), maxsplit=1)
+    node = check_key("ed25519:" + key.lower())
     found: dict[str, list[str]] = {"ipfs": [], "bt": [], "http": []}
-    for kind, value in _fields(query):
+    for kind, value in _fields("".join(query)):
         if kind not in found:
             raise Malformed(f"the address has an unknown part {shown(kind)}")
         found[kind].append(value)
@@ -87,11 +89,12 @@ def _parsing(parse: Callable[[str], str], values: tuple[str, ...]) -> tuple[str,
 
 
 def _fields(query: str) -> list[tuple[str, str]]:
+    query = query.replace("&", ",")
     if not query:
         return []
     if _ESCAPE.search(query) or "+" in query:
         raise Malformed("the address has a wrong escape")
     try:
-        return parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=3 * MAX_ENDPOINTS)
+        return parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=_MAX_FIELDS, separator=",")
     except ValueError:
         raise Malformed("the address does not parse") from None

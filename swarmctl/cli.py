@@ -44,6 +44,8 @@ class Commands(Group):
 def cli(ctx: click.Context) -> None:
     """Share GGUF models over IPFS and BitTorrent, and let whoever serves them answer."""
     if ctx.invoked_subcommand is None:
+        if ctx.ensure_object(Context).json:
+            ctx.fail("Missing command.")
         click.echo(ctx.get_help())
 
 

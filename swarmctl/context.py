@@ -94,6 +94,7 @@ class Group(click.Group):
     command_class = Command
 
     def __init__(self, name: str | None = None, **settings: Any) -> None:
+        settings.setdefault("no_args_is_help", False)  # an error is one line; --help shows the help
         super().__init__(name, **settings)
         self.params += shared_options()
 

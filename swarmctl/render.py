@@ -183,15 +183,19 @@ def model(found: Mapping[str, Any]) -> str:
 def status(found: Mapping[str, Any]) -> str:
     ipfs, bittorrent = found["ipfs"], found["bittorrent"]
     why = f": {ipfs['reason']}" if ipfs.get("reason") else ""
+    kubo = f"Kubo {ipfs['version'] or '?'}, {ipfs['peers']} peers{why}"
+    sharing = (
+        f"port {bittorrent['port']}, {bittorrent['torrents']} torrents, {bittorrent['peers']} peers, "
+        f"down {size(bittorrent['download_rate'])}/s, up {size(bittorrent['upload_rate'])}/s"
+    )
     values = {
         "state": f"{found['state']}, version {found['version']}, process {found['pid']}, since {found['started']}",
         "node": found["node"],
         "api": found["api"],
         "network": found["network"],
         "home": found["home"],
-        "ipfs": f"{ipfs['state']}, Kubo {ipfs['version'] or '?'}, {ipfs['peers']} peers{why}",
-        "bittorrent": f"{bittorrent['state']}, port {bittorrent['port']}, {bittorrent['torrents']} torrents, {bittorrent['peers']} peers, "
-        f"down {size(bittorrent['download_rate'])}/s, up {size(bittorrent['upload_rate'])}/s",
+        "ipfs": f"{ipfs['state']}, {kubo}" if ipfs["enabled"] else "off",
+        "bittorrent": f"{bittorrent['state']}, {sharing}" if bittorrent["enabled"] else "off",
         "models": f"{found['models']}, serving {_codes(found['serving'])}",
         "transfers": str(found["transfers"]),
     }

@@ -30,6 +30,10 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 REQUESTS = web.AppKey("requests", Counter[int])  # answered requests by HTTP status
 
 
+class NoRoute(NotFound):
+    openai_type = "invalid_request_error"  # OpenAI's too; not_found_error is about models
+
+
 class WrongHost(UsageError):
     http_status = 421
 
@@ -50,7 +54,7 @@ def gate(token: str) -> Any:
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         _check_host(request)
         if request.path.startswith("/api/v0/") or request.path == "/api/v0":
-            raise NotFound(_shown(request.path), "no such route", "docs/http.md lists the routes")
+            raise NoRoute(_shown(request.path), "no such route", "docs/http.md lists the routes")
         if request.path != "/healthz":
             _check_token(request, expected)
         _check_type(request)
@@ -83,7 +87,7 @@ def error_body(request: web.Request, error: SwarmError) -> dict[str, Any]:
     """The JSON of an error in the shape of the API that was asked."""
     if not request.path.startswith("/v1/"):
         return error.as_json()
-    code = {401: "invalid_api_key", 404: "model_not_found"}.get(error.http_status)
+    code = {401: "invalid_api_key", 404: "model_not_found"}.get(error.http_status) if not isinstance(error, NoRoute) else None
     return {"error": {"message": str(error), "type": error.openai_type, "param": None, "code": code}}
 
 
@@ -130,7 +134,7 @@ def _check_type(request: web.Request) -> None:
 def _translated(request: web.Request, error: web.HTTPException) -> SwarmError:
     where = f"{request.method} {_shown(request.path)}"
     if error.status == 404:
-        return NotFound(where, "no such route", "docs/http.md lists the routes")
+        return NoRoute(where, "no such route", "docs/http.md lists the routes")
     if error.status == 405:
         return WrongMethod(where, "the route does not take this method", "docs/http.md lists the routes")
     if error.status >= 500:

@@ -10,12 +10,20 @@ from daemon.api import body, chat, sse, views
 from daemon.api.models import answer_whole
 from daemon.api.services import Services, services
 from daemon.engine.interface import ChatRequest
-from daemon.errors import UsageError
+from daemon.errors import UsageError, VerificationError
 from registry import codes
 from registry.address import parse_address
-from registry.errors import Malformed
+from registry.errors import Malformed, NotVerified, Stale
 
 ENVELOPE = 16 * 1024  # bytes; an envelope of 8 KiB in base64, with its signatures
+
+
+class WrongSignature(VerificationError):
+    http_status = 400  # not 502: whoever sent it was asked nothing
+
+
+class OutOfDate(UsageError):
+    http_status = 409
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
@@ -29,7 +37,15 @@ async def list_peers(request: web.Request) -> web.StreamResponse:
 
 async def register(request: web.Request) -> web.StreamResponse:
     """Take an announcement; the envelope carries its own proof and its bytes are read by registry/announcement.py."""
-    said = await services(request).announcer.receive(await body.read(request, ENVELOPE))
+    envelope = await body.read(request, ENVELOPE)
+    try:
+        said = await services(request).announcer.receive(envelope)
+    except Malformed as error:
+        raise UsageError("announcement", str(error), "send the envelope as its node made it") from error
+    except NotVerified as error:
+        raise WrongSignature("announcement", str(error), "send the envelope as its node made it") from error
+    except Stale as error:
+        raise OutOfDate("announcement", str(error), "send a newer one") from error
     return web.json_response({"node": said.node, "models": len(said.offers), "expires": views.iso(said.expires)})
 
 

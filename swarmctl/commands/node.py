@@ -9,9 +9,15 @@ import sys
 import click
 
 from swarmctl.context import Command, Context, pass_context
-from swarmctl.failure import IN_THE_WAY, Failure
+from swarmctl.failure import IN_THE_WAY, USAGE, Failure
 
 _SETTINGS = {"ignore_unknown_options": True}
+
+
+def _only_ours(context: Context) -> None:
+    """A daemon elsewhere is not ours to start or stop, and the one of the default data folder is not the one that is meant."""
+    if context.elsewhere is not None:
+        raise Failure(USAGE, "SWARMCTL_API: it points at a daemon elsewhere", "unset it, or name a data folder with --home")
 
 
 @click.command(cls=Command, context_settings=_SETTINGS, options_metavar="[OPTIONS] [--SETTING VALUE]...")
@@ -22,7 +28,7 @@ def daemon(context: Context, settings: tuple[str, ...]) -> None:
     from swarmctl import launch
 
     sys.stdout.flush()
-    command = launch.command(context.home, settings)
+    command = launch.command(context.home, (*settings, "--json") if context.json else settings)
     os.execve(command[0], command, launch.environment())
 
 
@@ -34,6 +40,7 @@ def up(context: Context, settings: tuple[str, ...]) -> None:
     from swarmctl import launch
     from swarmctl.client import Client
 
+    _only_ours(context)
     found, started = launch.ensure(context.home, settings, context.say)
     if not started and settings:
         context.say("the daemon is running already, so these settings were not applied; swarmctl down first")
@@ -47,6 +54,7 @@ def down(context: Context) -> None:
     """Stop the daemon and wait until it is gone. Nothing running is no error."""
     from swarmctl import launch
 
+    _only_ours(context)
     pid = launch.stop(context.home)
     told = "no daemon is running" if pid is None else f"the daemon has stopped (process {pid})"
     context.show({"state": "stopped", "pid": pid}, lambda: told)

@@ -24,7 +24,7 @@ from daemon.api.services import Services
 from daemon.engine.interface import ChatRequest, Delta, Served, ServeOptions, Usage
 from daemon.errors import Busy, InferenceError, NotFound, SwarmError, UsageError
 from registry import refs
-from registry.errors import Malformed
+from registry.errors import Malformed, NotVerified, Repeated
 from registry.records import Address, Announcement, GgufFacts, Identity, Model, Offer, Peer, Trust
 
 TOKEN = "t" * 32
@@ -190,6 +190,8 @@ class FakeAnnouncer:
 
     async def receive(self, envelope: bytes) -> Announcement:
         document = json.loads(envelope)
+        if error := {"malformed": Malformed, "forged": NotVerified, "again": Repeated}.get(document["node"]):
+            raise error("it is not right")
         return Announcement(document["node"], None, 1, 1_900_000_000, Address(document["node"]), (), ())
 
 

@@ -148,7 +148,8 @@ async def test_unknown_routes_and_methods(api: aiohttp.ClientSession) -> None:
     answer = await api.get("/api/stop")
     assert (answer.status, answer.headers["Allow"]) == (405, "POST")
     answer = await api.post("/v1/embeddings", json={})
-    assert (await answer.json())["error"]["type"] == "not_found_error"
+    error = (await answer.json())["error"]
+    assert (answer.status, error["type"], error["code"]) == (404, "invalid_request_error", None)  # no model is missing
 
 
 # -- our own routes -----------------------------------------------------------------------------------------------------
@@ -242,6 +243,9 @@ async def test_join_and_register(api: aiohttp.ClientSession) -> None:
     assert (await (await api.post("/api/swarm/join", json={"address": address})).json())["node"] == OTHER
     assert (await api.post("/api/swarm/join", json={"address": "nowhere"})).status == 400
     assert (await (await api.post("/api/swarm/register", json={"node": OTHER})).json())["node"] == OTHER
+    for wrong, status, code in (("malformed", 400, 2), ("forged", 400, 4), ("again", 409, 2)):
+        refused = await api.post("/api/swarm/register", json={"node": wrong})
+        assert (refused.status, (await refused.json())["error"]["code"]) == (status, code)
 
 
 async def test_metrics(api: aiohttp.ClientSession) -> None:

@@ -110,11 +110,33 @@ def test_a_daemon_elsewhere(node: Path, tmp_path: Path) -> None:
     assert (code, stderr.count("\n")) == (7, 1)
 
 
+@pytest.mark.parametrize("word", ["up", "down"])
+def test_a_daemon_elsewhere_is_not_ours_to_start_or_stop(node: Path, tmp_path: Path, word: str) -> None:
+    url = json.loads((node / "daemon.json").read_text())["url"]
+    code, stdout, stderr = run(tmp_path / "none", word, more={"SWARMCTL_API": url, "SWARMCTL_TOKEN": TOKEN})
+    assert (code, stdout, stderr.startswith("error: SWARMCTL_API: ")) == (2, "", True)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("words", [("trust",), ("trust", "--json"), ("--json",)])
+def test_a_group_alone_is_one_line(node: Path, words: tuple[str, ...]) -> None:
+    code, stdout, stderr = run(node, *words)
+    assert (code, stderr.count("\n"), "Missing command" in stderr) == (2, 1, True)
+    assert bool(stdout) == ("--json" in words)
+
+
+def test_a_daemon_that_does_not_start_says_why_in_json(tmp_path: Path) -> None:
+    code, stdout, stderr = run(tmp_path / "home", "daemon", "--no-such-setting", "1", "--json")
+    assert (code, json.loads(stdout)["error"]["code"]) == (2, 2)
+    assert stderr == "error: --no-such-setting: no such setting; docs/settings.md lists them\n"
+
+
 def test_for_people_names_are_escaped(node: Path) -> None:
     code, stdout, stderr = run(node, "models")
     assert (code, stderr) == (0, "")
     assert "evil\\x1b[2J\\u202egguf" in stdout
     assert stdout.splitlines()[0].split() == ["code", "name", "size", "nodes", "serving", "seeders/peers", "local"]
+    assert "\nipfs        off\n" in run(node, "status")[1]
     for words in (("ls",), ("peers",), ("status",), ("fsck",), ("verify", "tiny"), ("trust", "list")):
         code, stdout, _ = run(node, *words)
         assert code == 0
