@@ -23,6 +23,7 @@ from registry.cid import LEAF_SIZE, leaf_cid
 
 _RANGE = 16 << 20  # bytes asked for at once; one Bitswap session each
 _WORKERS = 4  # more brought nothing on two cores, see docs/transfers.md
+_PUTS = 3  # tries of one piece: a block of it that a lying peer had brought before makes the first one fail
 _DROP_BATCH = 64  # leaves that may wait before IPFS forgets its cached copy of them
 
 
@@ -185,7 +186,10 @@ class IpfsSource:
     async def _store(self, piece: int, data: bytes) -> None:
         if piece == 0 and not data.startswith(b"GGUF"):
             raise VerificationError(self._cid, "the bytes are not a GGUF model", "check the code or CID with whoever gave it")
-        if not await self._sink.put(piece, data):
+        for _ in range(_PUTS):
+            if await self._sink.put(piece, data):
+                break
+        else:
             raise VerificationError(self._cid, f"piece {piece} is not what was promised", "check the code or CID with whoever gave it")
         self._on_bytes(len(data))
         first = piece * self._sink.piece_length // LEAF_SIZE

@@ -92,9 +92,9 @@ class Transfers:
                     log.warning("the pull of %s cannot go on: %s", row.ref, error)
 
     def start(self, kind: Literal["pull", "publish"], ref: str, work: Work) -> Transfer:
-        """Begin, or join the one that does the same already."""
+        """Begin, or join the pull that does the same already. Two publishes of a file may give it different names."""
         for running in self._transfers.values():
-            if running.kind == kind and running.ref == ref and running.state not in FINAL:
+            if running.kind == kind == "pull" and running.ref == ref and running.state not in FINAL:
                 return running
         transfer = Transfer(id=secrets.token_hex(8), kind=kind, ref=ref)
         self._transfers[transfer.id] = transfer
@@ -154,7 +154,10 @@ class Transfers:
             ticker.cancel()
             transfer.finished = utc_now()
         if not self._closing:
-            await self._save(transfer)
+            try:
+                await self._save(transfer)
+            except SwarmError as error:  # it ended as it ended; only the memory of it is lost
+                log.warning("the end of the transfer of %s was not written down: %s", transfer.ref, error)
 
     async def _save(self, transfer: Transfer) -> None:
         error = transfer.error.message if transfer.error is not None else None

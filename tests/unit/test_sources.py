@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.transfer.sources import _regrouped, _runs
+from daemon.errors import VerificationError
+from daemon.transfer.sources import IpfsSource, RateLimit, _regrouped, _runs
 
 
 async def stream(chunks: list[bytes]) -> AsyncIterator[bytes]:
@@ -43,3 +46,51 @@ def test_runs_are_contiguous_bounded_and_complete(pieces: set[int], most: int) -
         assert run == list(range(run[0], run[0] + len(run)))
     for left, right in itertools.pairwise(runs):
         assert len(left) == most or right[0] > left[-1] + 1  # no run ends early
+
+
+class Sink:
+    """One piece. It is refused a few times, as libtorrent does when a peer had brought a wrong block of it before."""
+
+    piece_length = 8
+
+    def __init__(self, refusals: int) -> None:
+        self._refusals = refusals
+        self._here = False
+
+    def piece_size(self, index: int) -> int:
+        return 8
+
+    def missing(self) -> list[int]:
+        return [] if self._here else [0]
+
+    async def put(self, index: int, data: bytes) -> bool:
+        self._refusals -= 1
+        self._here = self._refusals < 0
+        return self._here
+
+    def exclude(self, pieces: Sequence[int]) -> None: ...
+
+    def include(self, pieces: Sequence[int]) -> None: ...
+
+
+class OneFile:
+    async def leaves(self, cid: str, *, deadline_s: float) -> list[str]:
+        return ["a leaf"]
+
+    def read_range(self, cid: str, offset: int, length: int, *, stall_s: float) -> AsyncIterator[bytes]:
+        return stream([b"GGUF", b"data"])
+
+    async def drop_blocks(self, cids: Sequence[str]) -> None: ...
+
+
+@pytest.mark.parametrize(("refusals", "right"), [(0, True), (1, True), (99, False)])
+async def test_a_lying_peers_block_in_a_piece_does_not_speak_against_what_ipfs_gives(refusals: int, right: bool) -> None:
+    node: Any = OneFile()
+    sink, counted = Sink(refusals), list[int]()
+    source = IpfsSource(node, "the cid", 8, sink, RateLimit(0), counted.append, stall_s=1.0)
+    if right:
+        await source.run()
+    else:
+        with pytest.raises(VerificationError, match="piece 0"):
+            await source.run()
+    assert (sink.missing(), counted) == (([], [8]) if right else ([0], []))
