@@ -12,6 +12,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from daemon.config import Network
 from daemon.errors import Unavailable
 
 _TOKEN_BYTES = 32
@@ -80,6 +81,12 @@ class Home:
             _write_private(path, token.encode() + b"\n")
         path.chmod(0o600)
         return token
+
+    def keep_network(self, network: Network) -> None:
+        """A new data folder stays in the network that it was begun in: a later start without that flag must not go public."""
+        path = self.path / "config.toml"
+        if not path.exists():
+            _write_private(path, f'# The settings of this node; docs/settings.md lists them.\nnetwork = "{network}"\n'.encode())
 
     def write_daemon_json(self, url: str, version: str) -> None:
         document = {"url": url, "pid": os.getpid(), "version": version}

@@ -79,6 +79,7 @@ def main() -> int:
         config = _arguments(sys.argv[1:])
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
         with Home(config.home) as home:
+            home.keep_network(config.network)
             asyncio.run(_Daemon(config, home, tell=_tell if as_json else None).run())
     except SwarmError as error:
         print(f"error: {error}", file=sys.stderr)

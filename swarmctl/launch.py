@@ -115,7 +115,8 @@ def _log(home: Path) -> Path:
 def _one_at_a_time(home: Path) -> Iterator[None]:
     """Two commands at once must not start two daemons, of which one would only complain."""
     try:
-        (home / "logs").mkdir(parents=True, exist_ok=True, mode=0o700)
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (home / "logs").mkdir(exist_ok=True, mode=0o700)
         folder = os.open(home / "logs", os.O_RDONLY)
     except OSError as error:
         raise Failure(IN_THE_WAY, f"data folder: {home} cannot be used: {error.strerror}", "choose another with --home") from error

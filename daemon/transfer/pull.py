@@ -56,7 +56,7 @@ class Puller:
         """Raises any `SwarmError`; what has been fetched and verified stays for the next try unless it is wrong."""
         here = [model for model in self._library.matches(text) if model.quarantined is None]
         if len(here) == 1:
-            return here[0]
+            return _already(transfer, here[0])
         plan = await self._resolver.resolve(text)
         transfer.name, transfer.size = plan.name, plan.size
         if plan.file is not None:
@@ -66,7 +66,7 @@ class Puller:
         # The torrent may have told more names: whoever fetches the same under another one must be waited for too.
         async with self._fetching(plan.key):
             if (known := self._here(plan)) is not None:
-                return known
+                return _already(transfer, known)
             identified, facts, arrive = await self._fetch_and_verify(transfer, plan)
             model = await self._enter(transfer, plan, identified, facts, arrive)
             await asyncio.to_thread(self._store.discard, plan.key)
@@ -195,6 +195,13 @@ class Puller:
     def _bittorrent_peers(self, plan: Plan) -> list[tuple[str, int]]:
         named = [*plan.bittorrent, *(peer for holder in self._resolver.holders_of(plan) for peer in holder.bittorrent)]
         return [(host.strip("[]"), int(port)) for host, _, port in (peer.rpartition(":") for peer in dict.fromkeys(named))]
+
+
+def _already(transfer: Transfer, model: Model) -> Model:
+    """Nothing had to be fetched: every byte was on disk."""
+    transfer.name, transfer.size = model.name, model.identity.size
+    transfer.received = transfer.sources["disk"] = model.identity.size
+    return model
 
 
 def _on_disk(path: Path) -> int:
