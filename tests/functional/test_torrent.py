@@ -141,7 +141,7 @@ async def test_a_file_comes_from_a_peer_by_magnet_alone(tmp_path: Path, size: in
     data, made = content(size), torrent_of(content(size))
     progress: list[int] = []
     async with seeder(made, tmp_path / "seed", data) as peer, node() as session:
-        torrent = await session.metadata(made.infohash, made.infohash_v2, [peer], 20)
+        torrent = await session.metadata(made.infohash, made.infohash_v2, [peer], 60)
         assert torrent == made.torrent
         download = await session.download(torrent, tmp_path, "model.gguf", on_progress=progress.append)
         await download.checked()
@@ -159,7 +159,7 @@ async def test_a_file_comes_from_a_peer_by_magnet_alone(tmp_path: Path, size: in
 async def test_metadata_by_either_infohash_alone_writes_nothing(tmp_path: Path, by: str) -> None:
     made = torrent_of(content())
     async with seeder(made, tmp_path / "seed", content()) as peer, node() as session:
-        torrent = await session.metadata(made.infohash if by == "v1" else None, made.infohash_v2 if by == "v2" else None, [peer], 20)
+        torrent = await session.metadata(made.infohash if by == "v1" else None, made.infohash_v2 if by == "v2" else None, [peer], 60)
         assert torrent == made.torrent
     assert not Path("/nonexistent").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["seed"]
@@ -175,7 +175,7 @@ async def test_piece_layers_that_come_in_several_messages(tmp_path: Path) -> Non
     os.truncate(tmp_path / "seed", 514 * MIN_PIECE)
     async with node() as giver, node() as session:
         await giver.seed(made.torrent, tmp_path / "seed")
-        assert await session.metadata(made.infohash, made.infohash_v2, [("127.0.0.1", giver.port)], 20) == made.torrent
+        assert await session.metadata(made.infohash, made.infohash_v2, [("127.0.0.1", giver.port)], 60) == made.torrent
 
 
 async def test_metadata_that_nobody_gives() -> None:
@@ -427,9 +427,10 @@ async def test_a_full_disk_is_said_and_what_was_written_is_used_later(tmp_path: 
                 await asyncio.gather(*(download.put(index, piece(data, index)) for index in range(40)), download.finished())
             with pytest.raises(NoSpace):
                 await download.finished()
+            # While the limit stands: libtorrent has more blocks to write, and may.
+            await download.close()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        await download.close()
         again = await session.download(made.torrent, tmp_path, "model.gguf")
         await again.checked()
         missing = again.missing()
