@@ -13,11 +13,9 @@ from daemon.engine.interface import ChatRequest, Delta, Served, ServeOptions
 from daemon.errors import SwarmError
 from registry.records import Address, Announcement, Model, Offer, Peer, Trust
 
-FINAL_STATES = frozenset({"done", "failed", "cancelled"})
-
 
 class Transfer(Protocol):
-    """A pull or a publish as of now; `state` in `FINAL_STATES` is the last one. `sources` maps a source to bytes."""
+    """A pull or a publish as of now; the states done, failed and cancelled are final. `sources` maps a source to bytes."""
 
     @property
     def id(self) -> str: ...

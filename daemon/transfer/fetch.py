@@ -141,8 +141,6 @@ class Fetch:
         self._last_ipfs = self._last_any = time.monotonic()
 
     async def _draw_from_peers(self, download: Download) -> None:
-        # Connected from the start and asked for nothing: when IPFS dies, its place is taken at once.
-        download.add_peers(self._wanted.peers())
         await self._join.wait()
         while True:
             download.join_swarm(self._wanted.peers())

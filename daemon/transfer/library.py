@@ -11,9 +11,9 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from daemon.engine import gguf
 from daemon.errors import Ambiguous, NotFound, Refused, SwarmError, UsageError
@@ -23,6 +23,7 @@ from daemon.transfer.identify import Identified, identify
 from daemon.transfer.objects import object_cid
 from daemon.transfer.seeding import Seeding, pinned_for
 from daemon.transfer.store import Record, Stamp, Store
+from daemon.transfer.transfers import utc_now
 from daemon.trust import TrustBook
 from daemon.waiting import KeyLocks, stoppable
 from registry import codes, manifest, refs
@@ -98,14 +99,14 @@ class Library:
                     return shown
         return identified.identity.blake3[:12]
 
-    def describe(self, identified: Identified, name: str, facts: GgufFacts, origin: str) -> Model:
+    def describe(self, identified: Identified, name: str, facts: GgufFacts, origin: Literal["published", "pulled"]) -> Model:
         """A model record as of now; signature and source are the caller's to add."""
         return Model(
             identity=identified.identity,
             name=name,
             facts=facts,
-            added=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-            origin="published" if origin == "published" else "pulled",
+            added=utc_now(),
+            origin=origin,
             torrent=object_cid(identified.torrent),
         )
 
