@@ -20,7 +20,8 @@ from swarmctl.failure import BUG, INTERRUPTED, USAGE, Failure
 COMMANDS = {
     "node": ("daemon", "up", "down", "status", "join", "peers", "key", "env", "version"),
     "models": ("publish", "pull", "ls", "rm", "models", "verify", "fsck"),
-    "chat": ("serve", "stop", "ask"),
+    "chat": ("serve", "stop"),
+    "talk": ("ask",),
     "trust": ("trust",),
     "doctor": ("doctor",),
 }

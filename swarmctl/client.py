@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -38,8 +38,8 @@ class Client:
     def delete(self, path: str, query: Mapping[str, str] | None = None, *, timeout: float = SILENCE_S) -> Any:
         return self._whole("DELETE", path, query, None, timeout)
 
-    def events(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        """The events of a stream as they come. Closing the iterator closes the connection."""
+    def events(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Generator[dict[str, Any], None, None]:
+        """The events of a stream as they come. Closing it closes the connection."""
         connection, response = self._open(method, path, None, body, SILENCE_S, "text/event-stream")
         try:
             while line := _reading(response.readline, MAX_LINE):
