@@ -3,6 +3,7 @@
     SwarmError
     ├── CallerError            whoever asked
     │   ├── UsageError         2  the request does not parse or does not fit
+    │   │   └── ContextOverflow   it has more tokens than the model's context
     │   ├── Unauthorized       2  no bearer token, or a wrong one
     │   ├── NotFound           3  nothing has that name
     │   ├── Ambiguous          3  several things have that name
@@ -37,6 +38,7 @@ class SwarmError(Exception):
     exit_code: ClassVar[int] = 1
     http_status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "server_error"
+    openai_code: ClassVar[str | None] = None
 
     def __init__(self, what: str, why: str, hint: str = "") -> None:
         super().__init__(what, why, hint)
@@ -61,6 +63,10 @@ class CallerError(SwarmError):
 
 class UsageError(CallerError):
     pass
+
+
+class ContextOverflow(UsageError):
+    openai_code = "context_length_exceeded"
 
 
 class Unauthorized(CallerError):

@@ -7,12 +7,12 @@ from typing import Any, NoReturn
 
 from registry.errors import Malformed
 
-MAX_DEPTH = 16
+MAX_DEPTH = 64  # a JSON schema takes two for each of its own levels
 
 
-def dumps(value: Any) -> bytes:
-    """Compact UTF-8 with sorted keys, so that equal values are equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+def dumps(value: Any, *, sort_keys: bool = True) -> bytes:
+    """Compact UTF-8, with sorted keys so that equal values are equal bytes; not sorted where the order says something (schemas)."""
+    return json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def loads(data: bytes, *, limit: int, what: str) -> Any:

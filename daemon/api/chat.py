@@ -11,7 +11,7 @@ from typing import Any
 from daemon.api import sse, views
 from daemon.api.body import Fields
 from daemon.api.services import Answer, Answers
-from daemon.engine.interface import ChatRequest, Delta, FinishReason, Usage
+from daemon.engine.interface import ChatRequest, Delta, FinishReason, Request, Sampling, Usage
 from daemon.errors import Unserved, UsageError
 
 MAX_MESSAGES = 4096
@@ -107,7 +107,7 @@ class Asking:
 
 
 @asynccontextmanager
-async def asking(answers: Answers, model: str | None, request: ChatRequest) -> AsyncIterator[tuple[Asking, AsyncIterator[str]]]:
+async def asking(answers: Answers, model: str | None, request: Request) -> AsyncIterator[tuple[Asking, AsyncIterator[str]]]:
     """Ask, and give the answer up (which cancels it where it is made) when the context ends, however it ends."""
     started = time.monotonic()
     answer = await answers.open(model, request)
@@ -131,4 +131,4 @@ def own_request(fields: Fields) -> ChatRequest:
 
 def request(messages: tuple[dict[str, Any], ...], given: Mapping[str, Any]) -> ChatRequest:
     """The request with what was given; the rest as `ChatRequest` has it."""
-    return ChatRequest(messages=messages, **{name: value for name, value in given.items() if value is not None})
+    return ChatRequest(messages, Sampling(**{name: value for name, value in given.items() if value is not None}))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from daemon.engine.interface import ChatRequest, Delta, Served, ServeOptions
+from daemon.engine.interface import Delta, Request, Served, ServeOptions
 from daemon.errors import SwarmError
 from registry.records import Address, Announcement, Model, Offer, Peer, Trust
 
@@ -110,7 +110,7 @@ class Answer(Protocol):
 
 
 class Answers(Protocol):
-    async def open(self, model: str | None, request: ChatRequest, /) -> Answer:
+    async def open(self, model: str | None, request: Request, /) -> Answer:
         """Choose who answers and begin. `model` is a code, CID or name; None: the routing rule chooses."""
         ...
 

@@ -1,35 +1,117 @@
-"""What answers a chat: the local engine, a peer, or any upstream. One interface, so that routing does not care which."""
+"""What answers: the local engine, a peer, or any upstream. One interface, so that routing does not care which."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+ToolChoice = Literal["auto", "none", "required"]
+Capability = Literal["chat", "completions", "embeddings", "tools", "json_schema", "logprobs", "logit_bias"]
+CAPABILITIES: frozenset[Capability] = frozenset(get_args(Capability))
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt: those that were in the KV cache already
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer is drawn, in the order of llama.cpp's own server: bias, penalties, top_k, top_p, min_p, temperature."""
+
+    max_tokens: int | None = None  # None: until the context is full
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_p: float = 0.95
+    top_k: int = 40  # 0: all
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0  # 1: none
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None  # None: another one each time
+    stop: tuple[str, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # by token; -100 forbids and 100 forces, as OpenAI has it
+    logprobs: int | None = None  # how many of the likeliest tokens to name beside each drawn one; None: no logprobs at all
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may ask for. `parameters` is the JSON schema of its arguments, an object."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A validated chat. `messages` are OpenAI's: dicts with `role` and `content` (text)."""
+    """A validated chat. `messages` are OpenAI's: dicts with `role` and `content` (text).
+
+    An assistant's message may have `tool_calls` ({"id", "type": "function", "function": {"name", "arguments": JSON text}}), and
+    one of the role `tool` has `tool_call_id`.
+    """
 
     messages: tuple[dict[str, Any], ...]
-    max_tokens: int | None = None  # None: until the context is full
-    temperature: float = 0.8
-    top_p: float = 0.95
-    top_k: int = 40
-    min_p: float = 0.05
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = "auto"
+    forced_tool: str | None = None  # with "required": the one tool to call
+    parallel_tool_calls: bool = True
+    schema: Mapping[str, Any] | None = None  # JSON schema that the answer follows; {"type": "object"}: any JSON object
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A text, or its tokens, to go on with; no chat template."""
+
+    prompt: str | tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+Request = ChatRequest | CompletionRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """Texts, or their tokens, each to become one vector."""
+
+    inputs: tuple[str | tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """One vector of length 1 per input, as little-endian float32."""
+
+    vectors: tuple[bytes, ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that was drawn, or could have been. `logprob` is natural, before temperature and other filters."""
+
+    bytes: bytes  # may be half a character
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    drawn: Candidate
+    likeliest: tuple[Candidate, ...] = ()  # likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of the call `index`: its first piece has `id` and `name`, each brings more of the JSON text of its arguments."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +119,8 @@ class Delta:
     """One piece of an answer. The last one has `finish` and `usage`; an answer without them was cut off."""
 
     text: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens behind this piece
     finish: FinishReason | None = None
     usage: Usage | None = None
 
@@ -49,25 +133,36 @@ class ServeOptions:
     threads: int | None = None
     gpu_layers: int | None = None
     slots: int | None = None
+    batch: int | None = None  # tokens in one decode at most
+    keep_alive: float | None = None  # seconds without a chat after which the worker is ended; negative: never
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A loaded model: what its worker said when it was ready."""
+    """A model that answers: what its worker said when it was ready."""
 
     context: int
     slots: int
     free_slots: int
-    pid: int
+    pid: int | None  # None: unloaded while idle, or about to be started again
     tokens_per_second: float = 0.0
     options: ServeOptions = field(default_factory=ServeOptions)
 
 
 class Provider(Protocol):
-    """Whoever answers. Closing the iterator cancels the generation where it runs."""
+    """Whoever answers. Closing an iterator cancels the generation where it runs."""
 
-    def chat(self, request: ChatRequest) -> AsyncIterator[Delta]:
-        """Deltas until one has `finish`. Raises `UsageError` (does not fit), `Busy`, `InferenceError` or `Unserved`."""
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What it can do; anything else raises `UsageError`."""
+        ...
+
+    def generate(self, request: Request) -> AsyncIterator[Delta]:
+        """Deltas until one has `finish`. Raises `UsageError` (does not fit), `Busy`, `ModelLoadError`, `InferenceError` or `Unserved`."""
+        ...
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """Raises as `generate` does."""
         ...
 
 

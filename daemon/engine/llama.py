@@ -14,7 +14,8 @@ from typing import Final
 
 import llama_cpp as C
 
-from daemon.engine.protocol import Load, Sampling
+from daemon.engine.interface import Sampling
+from daemon.engine.protocol import Load
 
 BATCH: Final = 512  # tokens in one decode at most
 _CONTROL_OR_UNKNOWN: Final = 8 | 1  # llama_token_attr
@@ -161,18 +162,19 @@ class Sampler:
 
 def _stages(sampling: Sampling, seed: int, vocabulary: int, context: int) -> Iterator[int | None]:
     """In the order of llama.cpp's own server: penalties, top_k, top_p, min_p, temperature, draw."""
-    if sampling["frequency_penalty"] or sampling["presence_penalty"]:
-        yield C.llama_sampler_init_penalties(vocabulary, context, 1.0, sampling["frequency_penalty"], sampling["presence_penalty"])
-    if sampling["temperature"] <= 0:
+    if sampling.repeat_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty:
+        repeat, frequency, presence = sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
+        yield C.llama_sampler_init_penalties(vocabulary, context, repeat, frequency, presence)
+    if sampling.temperature <= 0:
         yield C.llama_sampler_init_greedy()
         return
-    if sampling["top_k"] > 0:
-        yield C.llama_sampler_init_top_k(min(sampling["top_k"], vocabulary))
-    if sampling["top_p"] < 1:
-        yield C.llama_sampler_init_top_p(sampling["top_p"], 1)
-    if sampling["min_p"] > 0:
-        yield C.llama_sampler_init_min_p(sampling["min_p"], 1)
-    yield C.llama_sampler_init_temp(sampling["temperature"])
+    if sampling.top_k > 0:
+        yield C.llama_sampler_init_top_k(min(sampling.top_k, vocabulary))
+    if sampling.top_p < 1:
+        yield C.llama_sampler_init_top_p(sampling.top_p, 1)
+    if sampling.min_p > 0:
+        yield C.llama_sampler_init_min_p(sampling.min_p, 1)
+    yield C.llama_sampler_init_temp(sampling.temperature)
     yield C.llama_sampler_init_dist(seed)
 
 

@@ -9,14 +9,16 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from pathlib import Path
-from typing import BinaryIO, Final, cast
+from typing import BinaryIO, Final
 
 import daemon
-from daemon.engine.interface import ChatRequest, Delta, FinishReason, Usage
-from daemon.engine.protocol import Load, Message, ProtocolError, Sampling, encode, receive
-from daemon.errors import Busy, InferenceError, ModelLoadError, UsageError
+from daemon.engine import codec
+from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Request
+from daemon.engine.protocol import Load, Message, ProtocolError, encode, receive
+from daemon.errors import Busy, ContextOverflow, InferenceError, ModelLoadError, SwarmError, UsageError
 
 _STOP_S: Final = 2.0  # from SIGTERM to SIGKILL
 # What llama.cpp and the dynamic linker may need; keys and tokens of the daemon's environment are none of a worker's business.
@@ -25,6 +27,8 @@ _ENVIRONMENT: Final = (
     "GOMP_SPINCOUNT",
 )  # fmt: skip
 _CAUSES: Final[dict[int, str]] = {signal.SIGKILL: " (out of memory?)", signal.SIGVTALRM: " (its chat template ran for too long)"}
+# What a worker may say of a request.
+_ERRORS: Final[dict[str, type[SwarmError]]] = {cls.__name__: cls for cls in (UsageError, ContextOverflow, InferenceError)}
 _REBUILD: Final = (
     "rebuild llama-cpp-python for this machine: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16' "
     "-DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'\" pip install --force-reinstall --no-cache-dir llama-cpp-python"
@@ -38,8 +42,8 @@ class WorkerProcess:
         self._process = process
         self._folder = folder
         self._queue = queue
-        self._chats: dict[int, asyncio.Queue[Message]] = {}
-        self._next_chat = 0
+        self._inboxes: dict[int, asyncio.Queue[Message]] = {}
+        self._next_id = 0
         self._stage = "start"
         self._ready: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._gone: str | None = None
@@ -50,6 +54,7 @@ class WorkerProcess:
         self.context = self.slots = 0
         self.tokens_per_second = 0.0
         self.offline = False
+        self.capabilities: frozenset[Capability] = CAPABILITIES
 
     @classmethod
     async def start(cls, load: Load, log: Path, *, queue: int, timeout: float) -> WorkerProcess:
@@ -80,30 +85,42 @@ class WorkerProcess:
 
     @property
     def active(self) -> int:
-        """Chats that run or wait."""
-        return len(self._chats)
+        """Requests that run or wait."""
+        return len(self._inboxes)
 
-    async def chat(self, request: ChatRequest) -> AsyncIterator[Delta]:
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
         """See `Provider`. Closing the iterator cancels the answer at its next token."""
+        async with aclosing(self._ask(codec.dump_request(request))) as replies:
+            async for reply in replies:
+                delta = codec.load_delta(reply["delta"])
+                yield delta
+                if delta.finish is not None:
+                    return
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """See `Provider`."""
+        async with aclosing(self._ask(codec.dump_request(request))) as replies:
+            return codec.load_embeddings((await anext(replies))["embeddings"])
+
+    async def _ask(self, request: codec.Json) -> AsyncGenerator[Message, None]:
+        """What the worker says to one request, without end. Closing it cancels the request if the worker still works on it."""
         if self._gone is not None:
             raise InferenceError("the model", self._gone, "serve it again")
         if self.active >= self.slots + self._queue:
             raise Busy("the model", f"{self.active} chats are running or waiting already", "try again in a moment")
-        self._next_chat += 1
-        chat_id, inbox = self._next_chat, asyncio.Queue[Message]()
-        self._chats[chat_id] = inbox
+        self._next_id += 1
+        request_id, inbox = self._next_id, asyncio.Queue[Message]()
+        self._inboxes[request_id] = inbox
         self.on_activity()
-        ended = False
         try:
-            await self._send({"type": "chat", "id": chat_id, "messages": list(request.messages), "sampling": _sampling(request)})
-            while not ended:
-                message = await inbox.get()
-                ended = message["type"] != "delta"
-                yield _delta(message)
+            await self._send({"type": "ask", "id": request_id, "request": request})
+            while True:
+                yield _result(await inbox.get())
         finally:
-            del self._chats[chat_id]
-            if not ended and self._gone is None:
-                self._process_input.write(encode({"type": "cancel", "id": chat_id}))
+            del self._inboxes[request_id]
+            if self._gone is None:
+                # The worker takes no notice when it has finished the request already.
+                self._process_input.write(encode({"type": "cancel", "id": request_id}))
             self.on_activity()
 
     def set_threads(self, count: int) -> None:
@@ -169,7 +186,7 @@ class WorkerProcess:
         gone: Message = {"type": "gone", "why": self._gone}
         if not self._ready.done():
             self._ready.set_result(gone)
-        for inbox in self._chats.values():
+        for inbox in self._inboxes.values():
             inbox.put_nowait(gone)
         await asyncio.to_thread(shutil.rmtree, self._folder, True)
         if not self._stopping:
@@ -181,7 +198,7 @@ class WorkerProcess:
         elif message["type"] in ("ready", "failed"):
             if not self._ready.done():
                 self._ready.set_result(message)
-        elif (inbox := self._chats.get(message["id"])) is not None:  # a cancelled chat may still have said something
+        elif (inbox := self._inboxes.get(message["id"])) is not None:  # a cancelled chat may still have said something
             inbox.put_nowait(message)
 
     def _why(self, code: int) -> str:
@@ -193,29 +210,13 @@ class WorkerProcess:
         return f"its worker died by {_signal_name(code)}{_CAUSES.get(-code, '')}"
 
 
-def _delta(message: Message) -> Delta:
-    if message["type"] == "delta":
-        return Delta(text=message["text"])
-    if message["type"] == "end":
-        finish = cast(FinishReason, message["finish"])
-        return Delta(finish=finish, usage=Usage(message["prompt_tokens"], message["completion_tokens"]))
+def _result(message: Message) -> Message:
+    """What the worker said about a request. Raises what it says went wrong."""
     if message["type"] == "error":
-        raise UsageError(message["what"], message["why"], message["hint"])
-    raise InferenceError("the answer", f"cut off: {message['why']}", "ask again")
-
-
-def _sampling(request: ChatRequest) -> Sampling:
-    return Sampling(
-        max_tokens=request.max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        min_p=request.min_p,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=request.presence_penalty,
-        seed=request.seed,
-        stop=list(request.stop),
-    )
+        raise _ERRORS[message["kind"]](message["what"], message["why"], message["hint"])
+    if message["type"] == "gone":
+        raise InferenceError("the answer", f"cut off: {message['why']}", "ask again")
+    return message
 
 
 def _prepare(log: Path) -> tuple[Path, BinaryIO]:

@@ -1,7 +1,8 @@
 """What the daemon and a worker say to each other: JSON objects behind a 4-byte big-endian length, over two pipes.
 
-To the worker: `load` (first, once), then `chat`, `cancel`, `threads`. The worker ends when its pipe does.
-From the worker: `stage` while it loads, then `ready` or `failed`; then for each chat `delta` and one `end` or `error`.
+To the worker: `load` (first, once), then `ask`, `cancel`, `threads`. The worker ends when its pipe does.
+From the worker: `stage` while it loads, then `ready` or `failed`; then for each request `delta` (the last has a finish),
+`embeddings` or `error`. Requests and answers stand in them as daemon/engine/codec.py writes them.
 """
 
 from __future__ import annotations
@@ -30,20 +31,6 @@ class Load(TypedDict):
     threads: int
     gpu_layers: int
     template: str | None
-
-
-class Sampling(TypedDict):
-    """How one answer is drawn. `max_tokens` None: until the context is full; `seed` None: any."""
-
-    max_tokens: int | None
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    frequency_penalty: float
-    presence_penalty: float
-    seed: int | None
-    stop: list[str]
 
 
 def encode(message: Message) -> bytes:

@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
 
+from daemon.engine import codec
 from daemon.engine.chat import ChatTemplate, TemplateFailure, split
+from daemon.engine.interface import ChatRequest, Delta, EmbeddingRequest, Request, Usage
 from daemon.engine.isolation import TimedOut, leave_network, limit_process, limited
 from daemon.engine.protocol import Load, Message, encode, read
 from daemon.engine.text import AnswerText
@@ -33,7 +35,7 @@ _SHORTEN: Final = "shorten it or serve with more context"
 
 
 class _Refused(Exception):
-    """This chat cannot be answered: what, why, hint."""
+    """This request cannot be answered: an error of daemon/errors.py by name, then what, why, hint."""
 
 
 class Worker:
@@ -75,45 +77,47 @@ class Worker:
             self._scheduler.step()
 
     def _take(self, message: Message) -> None:
-        if message["type"] == "chat":
+        if message["type"] == "ask":
             try:
-                self._begin(message)
+                self._begin(message["id"], codec.load_request(message["request"]))
             except _Refused as error:
-                what, why, hint = error.args
-                self._send({"type": "error", "id": message["id"], "what": what, "why": why, "hint": hint})
+                kind, what, why, hint = error.args
+                self._send({"type": "error", "id": message["id"], "kind": kind, "what": what, "why": why, "hint": hint})
         elif message["type"] == "cancel":
             self._scheduler.cancel(message["id"])
         elif message["type"] == "threads":
             self._llama.set_threads(message["count"])
 
-    def _begin(self, message: Message) -> None:
+    def _begin(self, request_id: int, request: Request | EmbeddingRequest) -> None:
         from daemon.engine.scheduler import Chat
 
-        chat_id, sampling = message["id"], message["sampling"]
-        tokens = self._prompt(message["messages"])
+        if not isinstance(request, ChatRequest):
+            raise _Refused("UsageError", "the model", "it answers chats only", "")
+        sampling = request.sampling
+        tokens = self._prompt(list(request.messages))
         room = self.context - len(tokens)
         if room < 1:
-            raise _Refused("the conversation", f"it has {len(tokens)} tokens and the context {self.context}", _SHORTEN)
-        seed = int.from_bytes(os.urandom(4)) if sampling["seed"] is None else sampling["seed"] & 0xFFFFFFFF
+            raise _Refused("ContextOverflow", "the conversation", f"it has {len(tokens)} tokens and the context {self.context}", _SHORTEN)
+        seed = int.from_bytes(os.urandom(4)) if sampling.seed is None else sampling.seed & 0xFFFFFFFF
 
-        def on_end(finish: str, prompt: int, answered: int) -> None:
-            self._send({"type": "end", "id": chat_id, "finish": finish, "prompt_tokens": prompt, "completion_tokens": answered})
+        def send(delta: Delta) -> None:
+            self._send({"type": "delta", "id": request_id, "delta": codec.dump_delta(delta)})
 
         self._scheduler.submit(
             Chat(
-                id=chat_id,
+                id=request_id,
                 tokens=tokens,
                 prompt=len(tokens),
-                limit=room if sampling["max_tokens"] is None else min(sampling["max_tokens"], room),
+                limit=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
                 sampler=self._llama.sampler(sampling, seed),
-                text=AnswerText([*sampling["stop"], *self._template.stops]),
-                on_text=lambda text: self._send({"type": "delta", "id": chat_id, "text": text}),
-                on_end=on_end,
+                text=AnswerText([*sampling.stop, *self._template.stops]),
+                on_text=lambda text: send(Delta(text=text)),
+                on_end=lambda finish, prompt, answered: send(Delta(finish=finish, usage=Usage(prompt, answered))),
             )
         )
 
     def _prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        too_long = _Refused("the conversation", f"it cannot fit the context of {self.context} tokens", _SHORTEN)
+        too_long = _Refused("ContextOverflow", "the conversation", f"it cannot fit the context of {self.context} tokens", _SHORTEN)
         most = _LONGEST_TOKEN * self.context
         if sum(len(message["content"]) for message in messages if isinstance(message.get("content"), str)) > most:
             raise too_long
@@ -121,9 +125,11 @@ class Worker:
             with limited(TEMPLATE_SECONDS, TEMPLATE_MEMORY):
                 prompt = self._template.render(messages, self._special, self._control)
         except TemplateFailure as error:
-            raise _Refused("the model's chat template", str(error), "change the conversation or use another model") from None
+            why, hint = str(error), "change the conversation or use another model"
+            raise _Refused("UsageError", "the model's chat template", why, hint) from None
         except TimedOut:
-            raise _Refused("the model's chat template", f"it ran for more than {TEMPLATE_SECONDS:g} s", "use another model") from None
+            why = f"it ran for more than {TEMPLATE_SECONDS:g} s"
+            raise _Refused("UsageError", "the model's chat template", why, "use another model") from None
         if len(prompt) > most:
             raise too_long
         first = self._llama.first_token()
@@ -133,7 +139,7 @@ class Worker:
             if text:
                 tokens += self._llama.tokenise(text, control)
         if not tokens:
-            raise _Refused("the conversation", "it is empty", "say something")
+            raise _Refused("UsageError", "the conversation", "it is empty", "say something")
         return tokens
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from daemon.engine.interface import ChatRequest, Delta, Provider
+from daemon.engine.interface import Delta, Provider, Request
 from daemon.errors import Ambiguous, BackendError, CallerError, InferenceError, NotFound, PeerError, SwarmError, Unserved, UsageError
 from daemon.ipfs.interface import IpfsNode
 from daemon.swarm.peers import PeerTable
@@ -94,7 +94,7 @@ class Answers:
         self._http = http
         self._clock = clock
 
-    async def open(self, model: str | None, request: ChatRequest) -> Answer:
+    async def open(self, model: str | None, request: Request) -> Answer:
         """The first answer that begins. `model` is a code, CID, magnet or name; None leaves the choice to the routing rule.
 
         Raises `NotFound`, `Ambiguous` or `UsageError` for `model`, `Unserved` when nobody answered (with each reason), and
@@ -139,9 +139,9 @@ class Answers:
             return None
         return PeerProvider(peer, choice.offer.cid, ipfs=self._ipfs, http=self._http, clock=self._clock)
 
-    async def _begin(self, choice: Choice, provider: Provider, request: ChatRequest) -> Answer:
+    async def _begin(self, choice: Choice, provider: Provider, request: Request) -> Answer:
         node = choice.offer.node
-        deltas = provider.chat(request)
+        deltas = provider.generate(request)
         began = time.monotonic()
         try:
             first = await anext(deltas, None)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import aiohttp
 from aiohttp import web
 
-from daemon.engine.interface import ChatRequest, Delta, Provider
+from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Provider, Request
 from daemon.errors import Bug, Busy, InferenceError, NotFound, PeerError, SwarmError, Unavailable, Unserved
 from daemon.ipfs.interface import IpfsNode
 from daemon.swarm import wire
@@ -65,17 +65,36 @@ class PeerProvider:
         self._clock = clock
         self._stall_s = stall_s
 
-    async def chat(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """Nodes do not announce theirs; one that cannot says so."""
+        return CAPABILITIES
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """Raises `Unserved` or `Busy`: another node can be asked."""
+        async with AsyncExitStack() as stack:
+            response, opener = await self._ask(stack, wire.question(self._cid, request))
+            async for said in self._frames(response, opener):
+                if isinstance(said, Embeddings):
+                    return said
+                raise _out_of_place()
+        raise Unserved("peer", "it ended its answer before it began")
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Raises `Unserved` or `Busy` while another node can still be asked, `InferenceError` once text has come."""
         question = wire.question(self._cid, request)
         begun = False
         async with AsyncExitStack() as stack:
             response, opener = await self._ask(stack, question)
-            deltas = await stack.enter_async_context(aclosing(self._deltas(response, opener)))
+            deltas = await stack.enter_async_context(aclosing(self._frames(response, opener)))
             try:
                 async for delta in deltas:
-                    begun = begun or bool(delta.text)
+                    if not isinstance(delta, Delta):
+                        raise _out_of_place()
+                    begun = begun or bool(delta.text or delta.tool_calls)
                     yield delta
+                    if delta.finish is not None:
+                        return
             except Unserved as error:
                 if not begun:
                     raise
@@ -132,7 +151,7 @@ class PeerProvider:
             raise Busy("peer", "it has as many chats as it takes", "try again soon")
         raise Unserved("peer", f"its door answered {response.status}")
 
-    async def _deltas(self, response: aiohttp.ClientResponse, opener: ResponseOpener) -> AsyncGenerator[Delta, None]:
+    async def _frames(self, response: aiohttp.ClientResponse, opener: ResponseOpener) -> AsyncGenerator[Delta | Embeddings, None]:
         received = 0
         while data := await self._read(response):
             received += len(data)
@@ -142,13 +161,10 @@ class PeerProvider:
                 match wire.parse_frame(frame):
                     case SwarmError() as error:
                         raise error
-                    case Delta() as delta:
-                        yield delta
-                        if delta.finish is not None:
-                            return
+                    case Delta() | Embeddings() as said:
+                        yield said
         opener.end()
         raise InferenceError("answer", "it ended without saying how", "ask again")
-
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         try:
@@ -192,11 +208,14 @@ class ChatServer:
         return response
 
     async def _answer(self, question: bytes, out: _Frames) -> None:
-        cid, chat = wire.parse_question(question)
+        cid, asked = wire.parse_question(question)
         model = next((model for model in self._local() if model.offer.cid == cid), None)
         if model is None:
             raise NotFound("model", "it is not served here any more", "ask another node")
-        deltas = model.provider.chat(chat)
+        if isinstance(asked, EmbeddingRequest):
+            await out.send(wire.embeddings_frame(await model.provider.embed(asked)), last=True)
+            return
+        deltas = model.provider.generate(asked)
         try:
             async with aclosing(self._with_signs_of_life(deltas, out)) as alive:
                 async for delta in alive:
@@ -249,6 +268,10 @@ async def close(deltas: AsyncIterator[Delta]) -> None:
     aclose = getattr(deltas, "aclose", None)
     if aclose is not None:
         await aclose()
+
+
+def _out_of_place() -> PeerError:
+    return PeerError("answer", "it is of another kind than the question", "ask another node")
 
 
 async def _next(deltas: AsyncIterator[Delta]) -> Delta | None:

@@ -44,7 +44,7 @@ class Script:
         self.asked: list[ChatRequest] = []
         self.closed = asyncio.Event()
 
-    async def chat(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
         self.asked.append(request)
         try:
             if self.fails is not None:
@@ -55,7 +55,7 @@ class Script:
                 yield Delta(word)
             if self.hang_after == len(self.words):
                 await asyncio.Event().wait()
-            yield Delta("", "stop", Usage(3, len(self.words)))
+            yield Delta(finish="stop", usage=Usage(3, len(self.words)))
         finally:
             self.closed.set()
 

@@ -12,7 +12,7 @@ import aiohttp
 import openai
 import pytest
 
-from daemon.engine.interface import ServeOptions
+from daemon.engine.interface import Sampling, ServeOptions
 from tests.functional.api_server import CID, CID2, MODEL, NODE, OTHER, TOKEN, World, running
 
 MESSAGES = [{"role": "user", "content": "one two three"}]
@@ -298,7 +298,7 @@ async def test_openai_chat_whole(ai: openai.AsyncOpenAI, world: World) -> None:
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("one two ", "stop")
     assert (answer.model, answer.usage.total_tokens if answer.usage else None, answer.model_dump()["answered_by"]) == ("abc2def", 8, OTHER)
     model, request = world.answers.requests[-1]
-    assert (model, request.max_tokens, request.temperature, request.stop, request.seed) == ("tiny", 9, 0.0, ("x",), 1)
+    assert (model, request.sampling) == ("tiny", Sampling(max_tokens=9, temperature=0.0, stop=("x",), seed=1))
     assert [message["role"] for message in request.messages] == ["system", "user"]
     # The client's own answer goes back as it came.
     again = await ai.chat.completions.create(

@@ -21,7 +21,7 @@ import pytest_asyncio
 from daemon.config import Engine as Settings
 from daemon.engine.gguf import inspect
 from daemon.engine.host import EngineHost
-from daemon.engine.interface import ChatRequest, Delta, Provider, ServeOptions, Usage
+from daemon.engine.interface import ChatRequest, Delta, Provider, Sampling, ServeOptions, Usage
 from daemon.engine.process import WorkerProcess
 from daemon.errors import Busy, InferenceError, ModelLoadError, NoMemory, NotFound, Unavailable, UsageError
 from tests.unit.gguf_files import I8, METADATA, STRING, header, padded, tiny_gguf
@@ -61,11 +61,11 @@ async def load(engine: EngineHost, path: Path, **options: Any) -> Provider:
 
 
 def ask(content: str = "Tell me a story about a lighthouse.", **options: Any) -> ChatRequest:
-    return ChatRequest(messages=({"role": "user", "content": content},), **{"temperature": 0.0, "max_tokens": 24, **options})
+    return ChatRequest(({"role": "user", "content": content},), Sampling(**{"temperature": 0.0, "max_tokens": 24, **options}))
 
 
 async def answer(provider: Provider, request: ChatRequest) -> tuple[str, Delta]:
-    deltas = [delta async for delta in provider.chat(request)]
+    deltas = [delta async for delta in provider.generate(request)]
     assert deltas[-1].finish is not None and deltas[-1].usage is not None
     assert all(delta.finish is None and delta.text for delta in deltas[:-1])
     return "".join(delta.text for delta in deltas), deltas[-1]
@@ -107,7 +107,7 @@ async def test_an_answer_streams(engine: EngineHost, model_file: Path) -> None:
     assert served.tokens_per_second > 0
     assert served.options == ServeOptions(context=2048, threads=1, gpu_layers=-1, slots=3)
     assert alive(served.pid) and engine.served() == {KEY: served}
-    deltas = [delta async for delta in engine.provider(KEY).chat(ask(max_tokens=12))]
+    deltas = [delta async for delta in engine.provider(KEY).generate(ask(max_tokens=12))]
     assert len(deltas) > 6
     assert deltas[-1].finish == "length"
     assert deltas[-1].usage is not None and deltas[-1].usage.completion_tokens == 12 and deltas[-1].usage.prompt_tokens > 20
@@ -123,7 +123,7 @@ async def test_two_chats_are_answered_at_once(engine: EngineHost, model_file: Pa
     order: list[int] = []
 
     async def follow(number: int) -> None:
-        async for delta in provider.chat(ask(f"Count the {number} birds.", max_tokens=40)):
+        async for delta in provider.generate(ask(f"Count the {number} birds.", max_tokens=40)):
             order.append(number)
             if not delta.finish:
                 assert engine.served()[KEY].free_slots <= 1
@@ -135,7 +135,7 @@ async def test_two_chats_are_answered_at_once(engine: EngineHost, model_file: Pa
 
 async def test_a_closed_iterator_cancels_the_answer(engine: EngineHost, model_file: Path) -> None:
     provider = await load(engine, model_file, slots=1)
-    endless = provider.chat(ask("Count from 1 to 1000.", max_tokens=None))
+    endless = provider.generate(ask("Count from 1 to 1000.", max_tokens=None))
     assert (await anext(endless)).text
     assert engine.served()[KEY].free_slots == 0
     await endless.aclose()  # type: ignore[attr-defined]  # every async generator has it
@@ -186,7 +186,7 @@ async def test_penalties_change_the_answer(engine: EngineHost, model_file: Path)
 async def test_characters_over_several_tokens_come_whole(engine: EngineHost, model_file: Path) -> None:
     provider = await load(engine, model_file)
     said = ""
-    async for delta in provider.chat(ask("Repeat this: \U0001f999\U0001f31f\U0001f999\U0001f31f", max_tokens=64)):
+    async for delta in provider.generate(ask("Repeat this: \U0001f999\U0001f31f\U0001f999\U0001f31f", max_tokens=64)):
         said += delta.text
     # The answer may end in the middle of a character, but no delta does.
     assert "\ufffd" not in said[:-1]
@@ -225,7 +225,7 @@ async def test_chats_that_together_overflow_the_cache_are_all_answered(engine: E
 async def test_a_killed_worker_is_an_error_and_never_a_short_answer(engine: EngineHost, exits: Exits, model_file: Path) -> None:
     provider = await load(engine, model_file)
     pid = engine.served()[KEY].pid
-    chats = [provider.chat(ask(max_tokens=None)) for _ in range(2)]
+    chats = [provider.generate(ask(max_tokens=None)) for _ in range(2)]
     for chat in chats:
         assert (await anext(chat)).text
     os.kill(pid, signal.SIGKILL)
@@ -247,7 +247,7 @@ async def test_a_killed_worker_is_an_error_and_never_a_short_answer(engine: Engi
 async def test_unload_ends_the_process(engine: EngineHost, exits: Exits, model_file: Path) -> None:
     provider = await load(engine, model_file)
     worker = engine._loaded[KEY].worker
-    chat = provider.chat(ask(max_tokens=None))
+    chat = provider.generate(ask(max_tokens=None))
     assert (await anext(chat)).text
     assert await engine.unload(KEY)
     assert not alive(worker.pid) and not worker._folder.exists()

@@ -288,8 +288,8 @@ async def test_another_node_is_asked_when_the_first_cannot(tmp_path: Path) -> No
 
 async def test_a_peer_that_fails_in_the_middle_ends_in_its_error(tmp_path: Path) -> None:
     class Broken(Script):
-        async def chat(self, request: ChatRequest) -> AsyncIterator[object]:  # type: ignore[override]  # only text matters
-            async for delta in super().chat(request):
+        async def generate(self, request: ChatRequest) -> AsyncIterator[object]:  # type: ignore[override]  # only text matters
+            async for delta in super().generate(request):
                 yield delta
                 raise RuntimeError("/secret/path")
 
@@ -366,7 +366,7 @@ async def test_what_lies_between_sees_nothing(tmp_path: Path) -> None:
         assert peer is not None
         peer = replace(peer, address=Address(a.key, http=(through,)))
         provider = PeerProvider(peer, CID, ipfs=lambda: None, http=b.http, clock=time.time)
-        assert await text_of(provider.chat(QUESTION)) == "a confidential reply"
+        assert await text_of(provider.generate(QUESTION)) == "a confidential reply"
     assert b"/swarm/1/chat" in seen
     for word in (b"private", b"prompt", b"confidential", b"reply", CID.encode(), b"messages"):
         assert word not in seen
@@ -391,7 +391,7 @@ async def test_a_truncated_answer_is_not_an_answer(tmp_path: Path) -> None:
         peer = b.table.peer(a.key)
         assert peer is not None
         peer = replace(peer, address=Address(a.key, http=(f"http://127.0.0.1:{runner.addresses[0][1]}",)))
-        deltas = PeerProvider(peer, CID, ipfs=lambda: None, http=b.http, clock=time.time).chat(QUESTION)
+        deltas = PeerProvider(peer, CID, ipfs=lambda: None, http=b.http, clock=time.time).generate(QUESTION)
         with pytest.raises(VerificationError, match="cut off"):
             await text_of(deltas)
 
@@ -410,7 +410,7 @@ async def test_a_silent_peer_is_given_up(tmp_path: Path) -> None:
         assert peer is not None
         peer = replace(peer, address=Address(a.key, http=(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}",)))
         with pytest.raises(Unserved):
-            await text_of(PeerProvider(peer, CID, ipfs=lambda: None, http=b.http, clock=time.time, stall_s=0.3).chat(QUESTION))
+            await text_of(PeerProvider(peer, CID, ipfs=lambda: None, http=b.http, clock=time.time, stall_s=0.3).generate(QUESTION))
 
 
 async def test_the_door_gives_objects_and_nothing_else(tmp_path: Path) -> None:

@@ -7,6 +7,18 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import strategies as st
 
+from daemon.engine.interface import (
+    Candidate,
+    ChatRequest,
+    CompletionRequest,
+    Delta,
+    EmbeddingRequest,
+    Sampling,
+    TokenLogprob,
+    Tool,
+    ToolCallDelta,
+    Usage,
+)
 from registry.cid import Cid
 from registry.envelope import key_name
 from registry.errors import Malformed
@@ -98,3 +110,53 @@ def offers(node: st.SearchStrategy[str] | str) -> st.SearchStrategy[Offer]:
 
 
 seal_keys = st.builds(SealKey, st.integers(0, 255), hexes(64), st.integers(1, 1 << 33))
+
+# --- what is asked, and what is answered ---
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+tokens = st.integers(0, 1 << 20)
+samplings = st.builds(
+    Sampling,
+    max_tokens=st.none() | st.integers(1, 1 << 20),
+    temperature=st.floats(0, 2),
+    top_k=st.integers(0, 100),
+    repeat_penalty=st.floats(0.5, 2),
+    seed=st.none() | st.integers(0, 1 << 32),
+    stop=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9), max_size=4).map(tuple),
+    logit_bias=st.dictionaries(tokens, st.floats(-100, 100), max_size=3),
+    logprobs=st.none() | st.integers(0, 20),
+)
+calls = st.fixed_dictionaries({"name": st.just("f"), "arguments": texts}).map(
+    lambda function: {"id": "call_1", "type": "function", "function": function}
+)
+chat_messages = (
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts})
+    | st.fixed_dictionaries({"role": st.just("assistant"), "content": texts, "tool_calls": st.lists(calls, min_size=1, max_size=2)})
+    | st.fixed_dictionaries({"role": st.just("tool"), "content": texts, "tool_call_id": texts})
+)
+schemas = st.dictionaries(texts, texts | st.integers() | st.dictionaries(texts, texts, max_size=2), max_size=3)
+REQUESTS = (
+    st.builds(ChatRequest, st.lists(chat_messages, min_size=1, max_size=4).map(tuple), samplings, schema=st.none() | schemas)
+    | st.builds(
+        ChatRequest,
+        st.lists(chat_messages, min_size=1, max_size=4).map(tuple),
+        tools=st.builds(Tool, st.just("f"), texts, schemas).map(lambda tool: (tool,)),
+        tool_choice=st.just("required"),
+        forced_tool=st.sampled_from([None, "f"]),
+        parallel_tool_calls=st.booleans(),
+    )
+    | st.builds(CompletionRequest, texts | st.lists(tokens, min_size=1, max_size=5).map(tuple), samplings)
+    | st.builds(EmbeddingRequest, st.lists(texts | st.lists(tokens, min_size=1, max_size=5).map(tuple), min_size=1).map(tuple))
+)
+candidates = st.builds(Candidate, st.binary(max_size=8), st.floats(-1e6, 0))
+call_pieces = st.builds(ToolCallDelta, st.integers(0, 3), st.none() | st.just("call_1"), st.none() | st.just("f"), texts)
+deltas = st.builds(
+    Delta,
+    texts,
+    st.lists(st.builds(ToolCallDelta, st.integers(0, 3), st.none() | st.just("call_1"), st.none() | st.just("f"), texts), max_size=2).map(
+        tuple
+    ),
+    st.lists(st.builds(TokenLogprob, candidates, st.lists(candidates, max_size=3).map(tuple)), max_size=2).map(tuple),
+)
+finished = st.builds(Delta, texts, finish=st.sampled_from(["stop", "length", "tool_calls"]), usage=st.builds(Usage, tokens, tokens, tokens))
+DELTAS = deltas | finished

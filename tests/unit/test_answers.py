@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.engine.interface import ChatRequest, Delta, Usage
+from daemon.engine.interface import ChatRequest, Delta, Request, Usage
 from daemon.errors import (
     Busy,
     InferenceError,
@@ -28,47 +28,24 @@ from daemon.swarm.answers import Deltas
 from daemon.swarm.exchange import BODY_LIMIT, body, parse
 from daemon.swarm.seal import FRAME_LIMIT
 from registry.errors import Malformed
+from tests.unit.strategies import REQUESTS
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT})
-REQUESTS = st.builds(
-    ChatRequest,
-    messages=st.lists(MESSAGE, min_size=1).map(tuple),
-    max_tokens=st.none() | st.integers(1, 1 << 20),
-    temperature=st.floats(0, 2),
-    top_k=st.integers(0, 100),
-    seed=st.none() | st.integers(0, 1 << 32),
-    stop=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9), max_size=4).map(tuple),
-)
 CHAT = ChatRequest(({"role": "user", "content": "hi"},))
 
 
 @given(request=REQUESTS)
-def test_a_question_arrives_as_it_was_asked(request: ChatRequest) -> None:
+def test_a_question_arrives_as_it_was_asked(request: Request) -> None:
     assert wire.parse_question(wire.question("bafy", request)) == ("bafy", request)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"max_tokens": 1 << 63},
-        {"max_tokens": 0},
-        {"max_tokens": True},
-        {"temperature": -1},
-        {"temperature": "hot"},
-        {"top_p": 2},
-        {"top_k": 1.5},
-        {"messages": []},
-        {"messages": [{"role": "root", "content": "x"}]},
-        {"messages": [{"role": "user", "content": ["x"]}]},
-        {"messages": [{"role": "user", "content": "x", "more": 1}]},
-        {"messages": [{"role": ["user"], "content": "x"}]},
-        {"stop": ["x" * 257]},
-        {"stop": [""]},
-        {"cid": 7},
-        {"tools": []},
-    ],
-)
+def test_a_schema_keeps_the_order_of_its_properties() -> None:
+    schema = {"type": "object", "properties": {"z": {}, "a": {}}}
+    _, request = wire.parse_question(wire.question("bafy", ChatRequest(CHAT.messages, schema=schema)))
+    assert isinstance(request, ChatRequest) and request.schema is not None
+    assert list(request.schema["properties"]) == ["z", "a"]
+
+
+@pytest.mark.parametrize("change", [{"cid": 7}, {"cid": ""}, {"more": 1}, {"request": None}, {"request": {"kind": "sum"}}])
 def test_questions_that_no_node_of_ours_would_ask_are_refused(change: dict[str, object]) -> None:
     fields = json.loads(wire.question("bafy", CHAT)) | change
     with pytest.raises(UsageError):
@@ -85,7 +62,7 @@ def test_noise_is_no_question_and_no_frame(noise: bytes) -> None:
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30_000), finish=st.sampled_from([None, "stop", "length"]))
 def test_deltas_arrive_in_frames_of_padded_length(text: str, finish: object) -> None:
-    delta = Delta(text, finish, Usage(3, 4) if finish else None)  # type: ignore[arg-type]  # the strategy draws from its values
+    delta = Delta(text, finish=finish, usage=Usage(3, 4) if finish else None)  # type: ignore[arg-type]  # the strategy draws from its values
     frames = wire.frames(delta)
     assert all(len(frame) % 64 == 0 and len(frame) <= FRAME_LIMIT for frame in frames)
     parsed = [wire.parse_frame(frame) for frame in frames]
@@ -120,7 +97,7 @@ def test_text_of_a_peer_cannot_drive_the_terminal() -> None:
 
 
 @pytest.mark.parametrize(
-    "frame", [b"[]", b'{"text":1}', b'{"text":"x","finish":"nonsense","usage":[1,2]}', b'{"text":"x","more":1}', b'{"error":"x"}']
+    "frame", [b"[]", b'{"text":"x"}', b'{"delta":{"text":1}}', b'{"delta":{},"more":1}', b'{"embeddings":{}}', b'{"error":"x"}']
 )
 def test_frames_of_unknown_form_are_refused(frame: bytes) -> None:
     with pytest.raises(VerificationError):
@@ -164,7 +141,7 @@ class Said:
         return Deltas(await anext(rest), rest, self.verdicts.append)
 
 
-END = Delta("", "stop", Usage(1, 1))
+END = Delta(finish="stop", usage=Usage(1, 1))
 
 
 async def test_an_answer_that_ends_well() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from daemon.api.body import Fields
 from daemon.api.openai import IGNORED, NEUTRAL, Asked, parse
-from daemon.engine.interface import ChatRequest
+from daemon.engine.interface import ChatRequest, Sampling
 from daemon.errors import UsageError
 
 USER = {"role": "user", "content": "hi"}
@@ -31,8 +31,8 @@ def test_every_field_arrives() -> None:
         "stop": ["a", "b"],
     }  # fmt: skip
     request = asked(max_tokens=5, **given).request
-    assert request == ChatRequest(messages=(USER,), max_tokens=5, **{**given, "stop": ("a", "b")})
-    assert asked(max_tokens=5, max_completion_tokens=4).request.max_tokens == 4
+    assert request == ChatRequest((USER,), Sampling(max_tokens=5, **{**given, "stop": ("a", "b")}))
+    assert asked(max_tokens=5, max_completion_tokens=4).request.sampling.max_tokens == 4
     assert (asked(stream=True).stream, asked(stream=True, stream_options={"include_usage": True}).include_usage) == (True, True)
 
 
