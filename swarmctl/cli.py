@@ -21,7 +21,7 @@ COMMANDS = {
     "node": ("daemon", "up", "down", "status", "join", "peers", "key", "env", "version"),
     "models": ("publish", "pull", "ls", "rm", "models", "verify", "fsck"),
     "chat": ("serve", "stop"),
-    "talk": ("ask",),
+    "talk": ("ask", "chat"),
     "trust": ("trust",),
     "doctor": ("doctor",),
 }
@@ -91,9 +91,7 @@ def _run(words: list[str], context: Context) -> int:
 
 
 def _fail(failure: Failure, as_json: bool) -> int:
-    from swarmctl.render import safe
-
-    print(f"error: {safe(str(failure))}", file=sys.stderr, flush=True)
+    print(failure.line(), file=sys.stderr, flush=True)
     if as_json and not failure.printed:
         print(json.dumps(failure.as_json(), indent=2), flush=True)
     return failure.code

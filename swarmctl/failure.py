@@ -20,6 +20,12 @@ class Failure(Exception):
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
+    def line(self) -> str:
+        """As people see it on stderr."""
+        from swarmctl.render import safe
+
+        return f"error: {safe(str(self))}"
+
     def as_json(self) -> dict[str, Any]:
         return {"error": {"code": self.code, "message": self.message, "hint": self.hint}}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -147,6 +147,16 @@ def swarm_models(models: Sequence[Mapping[str, Any]]) -> str:
         for m in models
     ]
     return table(columns, rows, "nobody offers a model yet; swarmctl join ADDRESS makes nodes know each other")
+
+
+def askable(models: Sequence[Mapping[str, Any]], current: Callable[[Mapping[str, Any]], bool]) -> str:
+    """The models that are served now, the `current` one marked."""
+    rows = [
+        ("*" if current(m) else "", f"#{m['code']}", m["name"], size(m["size"]), str(m["nodes"]), yes(m["local"]))
+        for m in models
+        if m["serving"]
+    ]
+    return table(("", "code", "name", "size", "nodes", "local"), rows, "nobody serves a model now; swarmctl serve REF loads one here")
 
 
 def peers(found: Sequence[Mapping[str, Any]]) -> str:

@@ -1,17 +1,17 @@
-"""Asking models."""
+"""Asking models: one question, or a conversation."""
 
 from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from swarmctl.context import Command, Context, pass_context
+from swarmctl.conversation import MAX_TEXT, Conversation
 from swarmctl.failure import USAGE, Failure
-
-MAX_PROMPT = 1024 * 1024  # characters; the daemon's ceiling for a chat is 4 MiB
 
 _MARKED_CODE = re.compile(r"#[A-Za-z2-7]{7,52}")
 
@@ -57,11 +57,33 @@ def _from_stdin() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise Failure(USAGE, "ask: no prompt", "give one in quotes, or pipe it in")
     try:
-        text = sys.stdin.read(MAX_PROMPT + 1)
+        text = sys.stdin.read(MAX_TEXT + 1)
     except UnicodeDecodeError:
         raise Failure(USAGE, "ask: the prompt on standard input is not text", "send UTF-8") from None
-    if len(text) > MAX_PROMPT:
-        raise Failure(USAGE, f"ask: the prompt has more than {MAX_PROMPT} characters", "send less")
+    if len(text) > MAX_TEXT:
+        raise Failure(USAGE, f"ask: the prompt has more than {MAX_TEXT} characters", "send less")
     if not text.strip():
         raise Failure(USAGE, "ask: the prompt on standard input is empty", "give one in quotes, or pipe it in")
     return text
+
+
+@click.command(cls=Command)
+@click.argument("model", required=False, metavar="[CODE]")
+@click.option("--system", metavar="TEXT", help="Instructions that go before everything.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="End each answer after so many tokens.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")
+@click.option("--resume", type=click.Path(path_type=Path, dir_okay=False), help="Go on with a conversation that /save wrote.")
+@pass_context
+def chat(
+    context: Context, model: str | None, system: str | None, max_tokens: int | None, temperature: float | None, resume: Path | None
+) -> None:
+    """Talk with a model of the swarm; /help in the conversation says what can be typed.
+
+    CODE is a code, CID or name; without one, the model that answers first is kept. From a pipe, each line is one turn.
+    """
+    from swarmctl.dialogue import Dialogue, load
+
+    conversation = load(resume) if resume is not None else Conversation()
+    conversation.model = model or conversation.model
+    conversation.system = system or conversation.system
+    Dialogue(context, conversation, {"maxTokens": max_tokens, "temperature": temperature}, resume and resume.absolute()).run()

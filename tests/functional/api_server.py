@@ -216,6 +216,8 @@ class FakeAnswers:
             raise NotFound("nobody", "nobody serves it", "swarmctl models")
         self.requests.append((model, request))
         prompt = request.messages[-1]["content"]
+        if prompt == "history":
+            prompt = "|".join(f"{message['role']}:{message['content']}" for message in request.messages)
         if prompt == "busy":
             raise Busy("tiny", "all slots are taken", "try again")
         return FakeAnswer(OTHER, "abc2def" + "a" * 45, "tiny", self._deltas(prompt))

@@ -44,7 +44,7 @@ class Node:
     def __init__(self, home: Path, kubo: Path, environment: Mapping[str, str] | None = None) -> None:
         self.home = home
         ours = {"SWARMCTL_IPFS_BINARY": str(kubo), "SWARMCTL_HOME": str(home), "SWARMCTL_NETWORK": "loopback"}
-        self._environment = {**os.environ, **ours, **(environment or {})}
+        self.environment = {**os.environ, **ours, **(environment or {})}
         self.daemon: subprocess.Popen[str] | None = None
         self.status: dict[str, Any] = {}
 
@@ -53,7 +53,7 @@ class Node:
         log = (self.home.parent / f"{self.home.name}.log").open("a")
         self.daemon = subprocess.Popen(
             [*within, sys.executable, "-m", "daemon.main", "--home", str(self.home), *settings],
-            env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True,
+            env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True,
         )  # fmt: skip
         daemon = self.daemon
         until(lambda: (self.home / "daemon.json").exists() or daemon.poll() is not None, "the daemon")
@@ -64,7 +64,7 @@ class Node:
     def start(self, *words: str, **options: Any) -> subprocess.Popen[str]:
         """A command that goes on while the test does something else."""
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([*SWARMCTL, *words], env=self._environment, **{**pipes, **options})
+        return subprocess.Popen([*SWARMCTL, *words], env=self.environment, **{**pipes, **options})
 
     def run(self, *words: str, timeout: float = DEADLINE_S) -> Any:
         """The document that a command prints with --json. Raises `Failed`."""

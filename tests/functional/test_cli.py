@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,9 @@ def document(home: Path, *words: str) -> Any:
     return json.loads(stdout)
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The data folder of a daemon that runs."""
-    home = tmp_path_factory.mktemp("node") / "home"
+@contextmanager
+def standing_in(home: Path) -> Iterator[Path]:
+    """A data folder with the API of api_server.py in the place of its daemon."""
     server = subprocess.Popen([sys.executable, SERVER, "--home", str(home)], env=child_environment(), stdin=subprocess.DEVNULL)
     try:
         until((home / "daemon.json").exists, "the API")
@@ -65,6 +65,13 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     finally:
         server.terminate()
         server.wait(10)
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The data folder of a daemon that runs."""
+    with standing_in(tmp_path_factory.mktemp("node") / "home") as home:
+        yield home
 
 
 # -- listing and changing -----------------------------------------------------------------------------------------------
