@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import aiohttp
 
-from daemon.engine.interface import Delta, Provider, Request
+from daemon.engine.interface import Delta, EmbeddingRequest, Embeddings, Provider, Request
 from daemon.errors import Ambiguous, BackendError, CallerError, InferenceError, NotFound, PeerError, SwarmError, Unserved, UsageError
 from daemon.ipfs.interface import IpfsNode
 from daemon.swarm.peers import PeerTable
@@ -19,6 +20,7 @@ from registry.errors import AmbiguousRef, Malformed
 from registry.records import Offer
 from registry.routing import Choice
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 CANDIDATES_TRIED = 5
@@ -72,6 +74,16 @@ class Answer:
     deltas: Deltas
 
 
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Vectors, and who made them as `Answer` says it."""
+
+    answered_by: str
+    code: str
+    name: str
+    embeddings: Embeddings
+
+
 class Answers:
     """`local` are the models served here, `held` offers every model that is here; `http` is shared with the rest of the daemon,
     `clock` gives unix seconds.
@@ -100,6 +112,14 @@ class Answers:
         Raises `NotFound`, `Ambiguous` or `UsageError` for `model`, `Unserved` when nobody answered (with each reason), and
         what the caller must change (`UsageError`) when that is why nobody did.
         """
+        return await self._first(model, lambda choice, provider: self._begin(choice, provider, request))
+
+    async def embed(self, model: str | None, request: EmbeddingRequest) -> Embedded:
+        """The vectors of the first that gives them. Raises as `open` does."""
+        return await self._first(model, lambda choice, provider: self._embed(choice, provider, request))
+
+    async def _first(self, model: str | None, ask: Callable[[Choice, Provider], Awaitable[T]]) -> T:
+        """What the first candidate that does not fail says to `ask`."""
         local = {one.offer.cid: one for one in self._local()}
         failures: list[tuple[Choice, SwarmError]] = []
         for choice in self._serving(model):
@@ -107,7 +127,7 @@ class Answers:
             if provider is None:
                 continue
             try:
-                return await self._begin(choice, provider, request)
+                return await ask(choice, provider)
             except (CallerError, PeerError, BackendError) as error:
                 _log.info("%s did not answer: %s", _who(choice), error)
                 failures.append((choice, error))
@@ -149,9 +169,7 @@ class Answers:
                 raise Unserved("peer", "it ended its answer before it began")
         except BaseException as error:
             await close(deltas)
-            # What the caller did wrong, or a question that was given up, says nothing about the node.
-            if not choice.local and isinstance(error, PeerError | BackendError):
-                self._table.record(node, None, ok=False)
+            self._note_failure(choice, error)
             raise
         latency = time.monotonic() - began
 
@@ -160,6 +178,23 @@ class Answers:
                 self._table.record(node, latency, ok=well)
 
         return Answer(node, _code(choice.offer), choice.offer.name, Deltas(first, deltas, ended))
+
+    async def _embed(self, choice: Choice, provider: Provider, request: EmbeddingRequest) -> Embedded:
+        node = choice.offer.node
+        try:
+            embeddings = await provider.embed(request)
+        except SwarmError as error:
+            self._note_failure(choice, error)
+            raise
+        if not choice.local:
+            # Its time says nothing of the time to a first token.
+            self._table.record(node, None, ok=True)
+        return Embedded(node, _code(choice.offer), choice.offer.name, embeddings)
+
+    def _note_failure(self, choice: Choice, error: BaseException) -> None:
+        """What the caller did wrong, or a question that was given up, says nothing about the node."""
+        if not choice.local and isinstance(error, PeerError | BackendError):
+            self._table.record(choice.offer.node, None, ok=False)
 
 
 def _code(offer: Offer) -> str:

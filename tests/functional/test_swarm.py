@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from daemon.engine.interface import ChatRequest
+from daemon.engine.interface import ChatRequest, Sampling
 from daemon.errors import Ambiguous, Busy, InferenceError, NotFound, Unavailable, Unserved, UsageError, VerificationError
 from daemon.swarm.door import Limits, open_door
 from daemon.swarm.relay import PROTOCOL, PeerProvider
@@ -218,12 +218,13 @@ async def test_the_answer_comes_over_a_libp2p_stream(tmp_path: Path, kubo_binary
     async with AsyncExitStack() as stack:
         script = Script(("the ", "answer ", "\N{SNOWMAN}"))
         a, b = await two(stack, tmp_path, kubo_binary, script, door=False)
-        answer = await b.answers.open(None, replace(QUESTION, max_tokens=7, seed=3, stop=("x",)))
+        question = replace(QUESTION, sampling=Sampling(max_tokens=7, seed=3, stop=("x",)))
+        answer = await b.answers.open(None, question)
         deltas = [delta async for delta in answer.deltas]
         assert "".join(delta.text for delta in deltas) == "the answer \N{SNOWMAN}"
         assert deltas[-1].finish == "stop" and deltas[-1].usage is not None and deltas[-1].usage.completion_tokens == 3
         assert (answer.answered_by, answer.name) == (a.key, "a model")
-        assert script.asked == [replace(QUESTION, max_tokens=7, seed=3, stop=("x",))]
+        assert script.asked == [question]
         assert b.table.stats()[a.key].successes == 1
 
 
