@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from aiohttp import web
 
 from daemon import config as settings
 from daemon import network
 from daemon.api.app import create_app
+from daemon.api.server import open_api
 from daemon.api.services import Services
 from daemon.config import Config
 from daemon.engine.host import EngineHost
-from daemon.errors import SwarmError, Unavailable, UsageError
+from daemon.errors import SwarmError, UsageError
 from daemon.home import Home
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.keeper import IpfsKeeper
@@ -315,19 +315,9 @@ class _Daemon:
             own_offers=voice.offering.offers,
             announcer=voice.announcer, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,
         )  # fmt: skip
-        runner = web.AppRunner(
-            create_app(services, self._home.token()), handler_cancellation=True, access_log=None, shutdown_timeout=_LAST_ANSWERS_S
-        )
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        host, port = config.api.host, config.api.port
-        try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            raise Unavailable(
-                f"port {port}", f"the API cannot listen there: {error.strerror}", "end what uses it, or set api.port"
-            ) from error
-        status.api = f"http://{'[::1]' if host == '::1' else host}:{runner.addresses[0][1]}"
+        app, host = create_app(services, self._home.token()), config.api.host
+        port = await stack.enter_async_context(open_api(app, host, config.api.port, last_answers_s=_LAST_ANSWERS_S))
+        status.api = f"http://{'[::1]' if host == '::1' else host}:{port}"
         await transfers.open(pull)
         self._home.write_daemon_json(status.api, version("swarmctl"))
         stack.callback(self._home.remove_daemon_json)

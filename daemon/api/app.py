@@ -1,4 +1,4 @@
-"""The local HTTP API: which route is whose. Run it with `AppRunner(app, handler_cancellation=True)`: who goes away stops asking."""
+"""The local HTTP API: which route is whose. `open_api` (server.py) runs it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections import Counter
 from aiohttp import web
 
 from daemon.api import guard, metrics, models, openai, swarm
+from daemon.api.limits import LIMITS, Limits
 from daemon.api.services import SERVICES, Services, services
 
 
-def create_app(services: Services, token: str) -> web.Application:
+def create_app(services: Services, token: str, limits: Limits | None = None) -> web.Application:
     """The application. `token` is the bearer token; the port that `Host` must name is the one a request comes in on."""
     app = web.Application(middlewares=[guard.answer_errors, guard.gate(token)])
     app[SERVICES] = services
+    app[LIMITS] = limits or Limits()
     app[guard.REQUESTS] = Counter()
     app.add_routes(
         [

@@ -12,13 +12,13 @@ from typing import Any
 
 from aiohttp import web
 
+from daemon.api.limits import LIMITS
 from daemon.errors import UsageError
 from registry import strictjson
 from registry.errors import Malformed
 
 SMALL = 64 * 1024  # bytes; a request that names things
 CHAT = 4 * 1024 * 1024  # bytes; a request that carries a conversation
-ARRIVAL_S = 10.0
 TEXT = 4096  # characters of a field that names something
 
 HINT = "docs/http.md lists the fields"
@@ -32,19 +32,26 @@ class TooSlow(UsageError):
     http_status = 408
 
 
+class WrongField(UsageError):
+    """`what` is the name of the field."""
+
+
 async def read(request: web.Request, limit: int) -> bytes:
-    """The body, at most `limit` bytes. Raises `TooLarge` (413) and `TooSlow` (408)."""
+    """The body, at most `limit` bytes. Raises `TooLarge` (413), `TooSlow` (408) and `UsageError` for chunks that are none."""
+    seconds = request.app[LIMITS].body_s
     if request.content_length is not None and request.content_length > limit:
         raise TooLarge("request", f"its body has more than {limit} bytes", "send less")
     body = bytearray()
     try:
-        async with asyncio.timeout(ARRIVAL_S):
+        async with asyncio.timeout(seconds):
             async for chunk in request.content.iter_any():
                 body += chunk
                 if len(body) > limit:
                     raise TooLarge("request", f"its body has more than {limit} bytes", "send less")
     except TimeoutError:
-        raise TooSlow("request", f"its body did not arrive within {ARRIVAL_S:.0f} s", "send it at once") from None
+        raise TooSlow("request", f"its body did not arrive within {seconds:g} s", "send it at once") from None
+    except web.RequestPayloadError as error:
+        raise UsageError("request", "its body is not what its header promised", "send it again") from error
     return bytes(body)
 
 
@@ -112,15 +119,23 @@ class Fields:
             raise self.wrong(name, f"must be from {low:g} to {high:g}")
         return float(value)
 
-    def flag(self, name: str) -> bool:
+    def flag(self, name: str, default: bool = False) -> bool:
         value = self.take(name)
-        if value is not None and not isinstance(value, bool):
+        if value is None:
+            return default
+        if not isinstance(value, bool):
             raise self.wrong(name, "must be true or false")
-        return bool(value)
+        return value
+
+    def within(self, name: str, value: Any) -> Fields:
+        """The fields of the object `value`, which stands at `name`."""
+        if not isinstance(value, dict):
+            raise self.wrong(name, "must be an object")
+        return Fields(value, f"{self._within}{name}.")
 
     def done(self) -> None:
         if self._left:
             raise self.wrong(sorted(self._left)[0], "is not a field that is known here")
 
-    def wrong(self, name: str, why: str) -> UsageError:
-        return UsageError(ascii(self._within + name[:80])[1:-1], why, HINT)
+    def wrong(self, name: str, why: str) -> WrongField:
+        return WrongField(ascii(self._within + name[:80])[1:-1], why, HINT)

@@ -1,7 +1,7 @@
 """Who may come in, and how every error goes out.
 
 A request is let in when, in this order:
-- it has one `Host` header, a loopback name with the port that it came in on (else 421: DNS rebinding);
+- it has one `Host` header, a loopback name with the port that it came in on, and asks for no other host (else 421: DNS rebinding);
 - its `Origin`, if any, is this server (else 403: a web page on this machine);
 - its path is not Kubo's `/api/v0/` (404: nothing of the node behind us is passed on);
 - it carries the bearer token, compared in constant time (401), unless it asks for `/healthz`;
@@ -20,6 +20,7 @@ from typing import Any
 
 from aiohttp import web
 
+from daemon.api.body import WrongField
 from daemon.errors import Bug, NotFound, Refused, SwarmError, Unauthorized, UsageError
 
 log = logging.getLogger(__name__)
@@ -83,15 +84,16 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     return response
 
 
-def error_body(request: web.Request, error: SwarmError) -> dict[str, Any]:
+def error_body(request: web.BaseRequest, error: SwarmError) -> dict[str, Any]:
     """The JSON of an error in the shape of the API that was asked."""
     if not request.path.startswith("/v1/"):
         return error.as_json()
     code = {401: "invalid_api_key", 404: "model_not_found"}.get(error.http_status) if not isinstance(error, NoRoute) else None
-    return {"error": {"message": str(error), "type": error.openai_type, "param": None, "code": code}}
+    param = error.what if isinstance(error, WrongField) else None
+    return {"error": {"message": str(error), "type": error.openai_type, "param": param, "code": code}}
 
 
-def error_response(request: web.Request, error: SwarmError) -> web.Response:
+def error_response(request: web.BaseRequest, error: SwarmError) -> web.Response:
     response = web.json_response(error_body(request, error), status=error.http_status)
     if error.http_status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
@@ -111,6 +113,8 @@ def _check_host(request: web.Request) -> None:
     hosts = request.headers.getall("Host", [])
     if len(hosts) != 1 or hosts[0].lower() not in allowed:
         raise WrongHost("Host", f"this is not who was asked for: {_shown(', '.join(hosts))}", f"use 127.0.0.1:{port}")
+    if request.url.raw_authority.lower() not in allowed:  # http://elsewhere/path, which counts for more than `Host` (RFC 9112, 3.2.2)
+        raise WrongHost("address", f"this is no proxy to {_shown(request.url.raw_authority)}", f"use 127.0.0.1:{port}")
     for origin in request.headers.getall("Origin", []):
         if origin.lower() not in {f"http://{host}" for host in allowed}:
             raise Refused("Origin", f"web pages of {_shown(origin)} may not use this API", "use a client that is no web page")
@@ -125,7 +129,7 @@ def _check_token(request: web.Request, expected: bytes) -> None:
 
 
 def _check_type(request: web.Request) -> None:
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+    if any(coding.lower() != "identity" for coding in request.headers.getall("Content-Encoding", [])):
         raise WrongType("Content-Encoding", "a coded body is not read", "send the body as it is")
     if request.body_exists and request.content_type != "application/json":
         raise WrongType("Content-Type", f"must be application/json, not {_shown(request.content_type)}", "send JSON")

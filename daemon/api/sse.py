@@ -3,7 +3,7 @@
 - The first event is awaited (a while) before anything is sent, so that what fails at once fails with a real status.
 - An error after that is a `data: {"error": ...}` event, and the stream ends: nothing that looks like a proper end follows.
 - Silence is filled with comments, so that neither side nor a proxy takes a slow answer for a dead one.
-- A reader that stops reading is cut off; whoever makes the events is closed in every case.
+- Whoever makes the events is closed in every case. A reader that stops reading is cut off below (server.py), as one that goes.
 """
 
 from __future__ import annotations
@@ -17,43 +17,41 @@ from typing import Any
 from aiohttp import web
 
 from daemon.api.guard import error_body
+from daemon.api.limits import LIMITS
 from daemon.errors import Bug, SwarmError
 
 log = logging.getLogger(__name__)
-
-FIRST_S = 15.0  # how long an error may still become a status
-KEEPALIVE_S = 10.0
-WRITE_S = 10.0  # a reader that takes nothing for this long is gone
 
 Event = Mapping[str, Any] | str
 
 
 async def stream(request: web.Request, events: AsyncIterator[Event], headers: Mapping[str, str] | None = None) -> web.StreamResponse:
     """Send each event as one `data:` line (JSON, or text as it is) until `events` ends."""
+    limits = request.app[LIMITS]
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **(headers or {})})
     pending = _next(events)
     try:
-        await asyncio.wait({pending}, timeout=FIRST_S)
+        await asyncio.wait({pending}, timeout=limits.first_s)
         if pending.done() and pending.exception() is not None and not isinstance(pending.exception(), StopAsyncIteration):
             pending.result()
         await response.prepare(request)
         while True:
-            done, _ = await asyncio.wait({pending}, timeout=KEEPALIVE_S)
+            done, _ = await asyncio.wait({pending}, timeout=limits.silence_s)
             if not done:
-                await _write(request, response, b": still here\n\n")
+                await response.write(b": still here\n\n")
                 continue
             try:
                 event = pending.result()
             except StopAsyncIteration:
                 break
             except SwarmError as error:
-                await _write(request, response, encode(error_body(request, error)))
+                await response.write(encode(error_body(request, error)))
                 break
             except Exception:  # a bug in the middle of a stream: the status is gone, so it is told as an event
                 log.exception("a bug while streaming %s", request.path)
-                await _write(request, response, encode(error_body(request, Bug("swarmctl", "a bug", "the daemon's log says more"))))
+                await response.write(encode(error_body(request, Bug("swarmctl", "a bug", "the daemon's log says more"))))
                 break
-            await _write(request, response, encode(event))
+            await response.write(encode(event))
             pending = _next(events)
         await response.write_eof()
     finally:
@@ -79,16 +77,6 @@ def _next(events: AsyncIterator[Event]) -> asyncio.Task[Event]:
         return await anext(events)
 
     return asyncio.create_task(step())
-
-
-async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-    try:
-        async with asyncio.timeout(WRITE_S):
-            await response.write(data)
-    except TimeoutError:
-        if request.transport is not None:
-            request.transport.abort()
-        raise ConnectionResetError("the reader stopped reading") from None
 
 
 async def _cancelled(task: asyncio.Task[Any]) -> None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web
-
 from daemon.api.app import create_app
+from daemon.api.limits import Limits
+from daemon.api.server import open_api
 from daemon.api.services import Services
 from daemon.engine.interface import ChatRequest, Delta, Served, ServeOptions, Usage
 from daemon.errors import Busy, InferenceError, NotFound, SwarmError, UsageError
@@ -312,17 +312,11 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def running(world: World, token: str = TOKEN) -> AsyncIterator[str]:
+async def running(world: World, limits: Limits | None = None) -> AsyncIterator[str]:
     """The URL of the API while the context lasts."""
-    runner = web.AppRunner(create_app(world.services(), token), handler_cancellation=True, shutdown_timeout=1)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        world.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    async with open_api(create_app(world.services(), TOKEN, limits), "127.0.0.1", 0, last_answers_s=1) as port:
+        world.url = f"http://127.0.0.1:{port}"
         yield world.url
-    finally:
-        await runner.cleanup()
 
 
 async def serve(home: Path, flags: list[str]) -> None:

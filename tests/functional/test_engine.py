@@ -19,12 +19,11 @@ import pytest
 import pytest_asyncio
 
 from daemon.config import Engine as Settings
-from daemon.engine.gguf import inspect
 from daemon.engine.host import EngineHost
 from daemon.engine.interface import ChatRequest, Delta, Provider, Sampling, ServeOptions, Usage
 from daemon.engine.process import WorkerProcess
 from daemon.errors import Busy, InferenceError, ModelLoadError, NoMemory, NotFound, Unavailable, UsageError
-from tests.unit.gguf_files import I8, METADATA, STRING, header, padded, tiny_gguf
+from tests.unit.gguf_files import I8, METADATA, STRING, header, padded, tiny_gguf, with_template
 
 KEY = "ab" * 32
 REPO = Path(__file__).parent.parent.parent
@@ -87,18 +86,6 @@ def alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return True
-
-
-def with_template(model: Path, target: Path, template: str) -> Path:
-    """A copy of `model` with another chat template, filled up to the length of its own so that nothing moves."""
-    own = inspect(model).chat_template
-    assert own is not None
-    room = len(own.encode()) - len(template.encode()) - len("{##}")
-    assert room >= 0
-    data = model.read_bytes()
-    assert data.count(own.encode()) == 1
-    target.write_bytes(data.replace(own.encode(), f"{{#{'.' * room}#}}{template}".encode()))
-    return target
 
 
 async def test_an_answer_streams(engine: EngineHost, model_file: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
+ALIGNMENT = 32
 I8 = 24  # ggml tensor type of one byte per element, so that a file can have any size
 
 Entry = tuple[str, int, object]
@@ -67,8 +68,19 @@ def header(
     return b"".join(parts)
 
 
-def padded(head: bytes, alignment: int = 32) -> bytes:
+def padded(head: bytes, alignment: int = ALIGNMENT) -> bytes:
     return head + bytes(-len(head) % alignment)
+
+
+def with_template(model: Path, target: Path, template: str) -> Path:
+    """A copy of a model that can be served, with another chat template: a comment fills it up, so that all tensors stay aligned."""
+    data = model.read_bytes()
+    key = text("tokenizer.chat_template") + struct.pack("<I", STRING)
+    begin, end = data.split(key, 1)
+    (length,) = struct.unpack_from("<Q", end)
+    room = (length - len(template.encode()) - len("{##}")) % ALIGNMENT
+    target.write_bytes(begin + key + text(f"{{#{'.' * room}#}}{template}") + end[8 + length :])
+    return target
 
 
 def tiny_gguf(path: Path, size: int = 4096, *, seed: int = 0, name: str = "Tiny") -> Path:
