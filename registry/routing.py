@@ -6,17 +6,18 @@ seeders, among those that somebody serves; after its nodes comes the local servi
 
 Models are told apart by their CID, which every offer has. Offers under two CIDs are one model when they agree on the v2
 infohash - but an infohash counts for a CID only when most of the nodes that offer the CID say so (or this node knows), so
-that one liar cannot tie two models together.
+that one liar cannot tie two models together. A model behind an upstream has none: its CID proves what it is (upstream.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from registry import upstream
 from registry.codes import codes_of, short
 from registry.errors import AmbiguousRef, Malformed, shown
 from registry.records import Offer
@@ -60,11 +61,12 @@ class SwarmModel:
     peers: int
     local: bool
     offers: tuple[Offer, ...]
+    upstream: bool = False  # there is no file: nodes answer for it from elsewhere
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One node that could answer. Only those whose offer is `serving` can do so now; the others merely hold the model."""
+    """One node that could answer. Of those whose offer is not `serving`, only this node can: by loading what it holds."""
 
     offer: Offer
     local: bool
@@ -76,8 +78,13 @@ def aggregate(offers: Iterable[Offer], local: Iterable[Offer] = ()) -> list[Swar
     Those that somebody serves come first, then those with the most nodes, then with the most seeders.
     """
     own = {offer.cid: offer for offer in local}
+    offered = [*offers, *own.values()]
+    proofs = {offer for offer in offered if upstream.proven(offer)}
+    without_file = {offer.cid for offer in proofs}
     by_cid: dict[str, dict[str, Offer]] = {}
-    for offer in [*offers, *own.values()]:
+    for offer in offered:
+        if offer.cid in without_file and offer not in proofs:
+            continue
         per_node = by_cid.setdefault(offer.cid, {})
         if offer.node not in per_node or offer.serving:
             per_node[offer.node] = offer
@@ -85,7 +92,7 @@ def aggregate(offers: Iterable[Offer], local: Iterable[Offer] = ()) -> list[Swar
     for cid, per_node in by_cid.items():
         infohash = own[cid].infohash_v2 if cid in own else _agreed(offer.infohash_v2 for offer in per_node.values())
         groups.setdefault(infohash or cid, []).extend(per_node.values())
-    models = [_model(group, own) for group in groups.values()]
+    models = [_model(group, own, without_file) for group in groups.values()]
     return sorted(models, key=lambda m: (not m.serving, -m.nodes, -m.seeders, m.name, m.cid))
 
 
@@ -115,7 +122,7 @@ def candidates(
     """Whom to ask, the best first; empty when nobody is known. `local` are this node's own offers, `stats` is by node.
 
     With `wanted` (see `resolve`, whose errors it raises) the nodes that serve the model and after them those that only hold
-    it; without, only nodes that serve.
+    it; without, only nodes that serve, and when there is none, this node with the model of its own that has the most seeders.
     """
     own = list(local)
     models = aggregate(offers, own)
@@ -129,6 +136,9 @@ def candidates(
     fallback = max((m for m in models if any(o.node in nodes and o.serving for o in m.offers)), key=lambda m: m.seeders, default=None)
     if fallback is not None:
         chosen += [Choice(offer, True) for offer in fallback.offers if offer.node in nodes]
+    if not chosen:
+        held = max((model for model in models if model.local), key=lambda m: m.seeders, default=None)
+        chosen = [Choice(offer, True) for offer in held.offers if offer.node in nodes] if held is not None else []
     return list(dict.fromkeys(chosen))
 
 
@@ -140,7 +150,7 @@ def _ordered(offers: Sequence[Offer], own: set[str], stats: Mapping[str, Stats])
     return [Choice(offer, offer.node in own) for offer in sorted(offers, key=rank)]
 
 
-def _model(offers: Sequence[Offer], own: Mapping[str, Offer]) -> SwarmModel:
+def _model(offers: Sequence[Offer], own: Mapping[str, Offer], without_file: Set[str]) -> SwarmModel:
     """The group as one model: what this node knows, else what most nodes say, else the smallest of what they say."""
     ours = [offer for offer in offers if own.get(offer.cid) is offer]
     voters = ours or offers
@@ -163,10 +173,11 @@ def _model(offers: Sequence[Offer], own: Mapping[str, Offer]) -> SwarmModel:
         manifest=_most((offer.manifest for offer in offers if offer.cid == cid and offer.manifest), None),
         serving=any(offer.serving for offer in offers),
         nodes=len(per_node),
-        seeders=max(len(per_node), *(offer.seeders for offer in offers)),
+        seeders=0 if cid in without_file else max(len(per_node), *(offer.seeders for offer in offers)),
         peers=max(offer.peers for offer in offers),
         local=bool(ours),
         offers=tuple(per_node.values()),
+        upstream=cid in without_file,
     )
 
 

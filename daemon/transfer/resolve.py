@@ -20,7 +20,7 @@ from daemon.ipfs.interface import IpfsNode
 from daemon.torrent import metainfo
 from daemon.transfer.objects import MANIFEST_LIMIT, TORRENT_LIMIT, Objects, object_cid
 from daemon.trust import TrustBook
-from registry import codes, envelope, manifest, refs, routing
+from registry import codes, envelope, manifest, refs, routing, upstream
 from registry.errors import Malformed, NotVerified
 from registry.records import Address, Identity, Offer, Peer, Trust
 
@@ -126,6 +126,8 @@ class Resolver:
 
     async def _from_offers(self, text: str, offers: Sequence[Offer]) -> Plan:
         """What most nodes say comes first. Each offer stands for itself: a lie in one must not speak against the others' manifest."""
+        if any(upstream.proven(offer) for offer in offers):
+            raise UsageError(text, "nodes answer for it from an upstream, there is no file to fetch", "swarmctl ask asks it")
         holders = self._addresses(offers)
         votes = Counter(_claim(offer) for offer in offers)
         distinct = {_claim(offer): offer for offer in offers}

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from daemon.errors import Refused, Unserved, VerificationError
+from daemon.errors import Refused, Unserved, UsageError, VerificationError
 from daemon.ledger import LedgerThread
 from daemon.transfer.objects import object_cid
 from daemon.transfer.resolve import Plan, Resolver
 from daemon.trust import TrustBook
-from registry import envelope, manifest, refs, strictjson
+from registry import codes, envelope, manifest, refs, strictjson, upstream
 from registry.records import GgufFacts, Identity, Offer, Peer
 
 CID = object_cid(b"the bytes")
@@ -138,3 +138,20 @@ async def test_a_magnet_says_itself_which_bytes_are_meant(trust: TrustBook) -> N
     world.offer(None, cid=object_cid(b"other bytes"), infohash_v2="ee" * 32, size=10)
     plan = await resolved(world, trust, magnet)
     assert (plan.cid, plan.size, plan.infohash_v2) == (None, 9, None)
+
+
+async def test_what_is_behind_an_upstream_cannot_be_pulled(trust: TrustBook) -> None:
+    world = World()
+    world.found.append(upstream.offer("node", "great-1", 4))
+    cid = world.found[0].cid
+    for ref in (cid, codes.short(codes.code_of_cid(cid)), "great-1"):
+        with pytest.raises(UsageError, match="no file to fetch"):
+            await resolved(world, trust, ref)
+
+
+async def test_an_upstream_does_not_stop_the_pull_of_a_file(trust: TrustBook) -> None:
+    world = World()
+    world.offer(signed(ALICE))
+    for lie in ({"infohash_v2": IDENTITY.infohash_v2}, {"manifest": CID}):
+        world.found.append(replace(upstream.offer("liar", "Qwen", 4), **lie))  # type: ignore[arg-type]  # texts
+    assert (await resolved(world, trust)).signed_by == envelope.key_name(ALICE)

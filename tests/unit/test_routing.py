@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from registry import upstream
 from registry.cid import Cid
 from registry.codes import code_of_cid, code_of_infohash_v2
 from registry.errors import AmbiguousRef, Malformed
@@ -178,3 +179,33 @@ def test_the_order_in_which_offers_came_does_not_matter(offers: list[Offer], ran
     assert candidates(unique, wanted=None) == candidates(shuffled, wanted=None)
     for choice in candidates(unique, wanted=None):
         assert choice.offer.serving
+
+
+# -- models behind an upstream ------------------------------------------------------------------------------------------
+
+
+def test_the_same_upstream_model_of_two_nodes_is_one() -> None:
+    offers = [upstream.offer("a", "vendor/great-1:latest", 3), upstream.offer("b", "vendor/great-1:latest", 4)]
+    [model] = aggregate(offers)
+    assert (model.name, model.upstream, model.serving, model.nodes, model.seeders) == ("vendor-great-1:latest", True, True, 2, 0)
+    assert asked(offers, "#" + model.code) == ["b", "a"]
+    assert not aggregate([offer("a", "great-1")])[0].upstream
+
+
+@pytest.mark.parametrize(
+    "lie", [{"name": "another"}, {"infohash_v2": v2("file")}, {"manifest": cid("file")}, {"size": 100}, {"infohash": "ab" * 20}]
+)
+def test_a_liar_cannot_tie_an_upstream_to_a_file(lie: dict[str, Any]) -> None:
+    honest = upstream.offer("a", "great-1", 3)
+    file = offer("holder", "file", cid=cid("file"))
+    liars = [replace(honest, node=f"liar {number}", **lie) for number in range(3)]
+    assert not any(upstream.proven(liar) for liar in liars)
+    by_cid = {model.cid: model for model in aggregate([honest, file, *liars])}
+    found = by_cid[honest.cid]
+    assert (found.name, found.upstream, found.nodes, found.infohash_v2, found.manifest) == ("great-1", True, 1, None, None)
+    assert by_cid[file.cid].nodes == 1
+
+
+@given(made=strategies.offers(OWN))
+def test_no_file_is_taken_for_an_upstream(made: Offer) -> None:
+    assert not upstream.proven(made)
