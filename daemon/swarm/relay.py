@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import aiohttp
 from aiohttp import web
@@ -25,6 +26,7 @@ from daemon.swarm.reach import CONNECT_S, reach
 from daemon.swarm.seal import REQUEST_TYPE, RESPONSE_TYPE, ResponseOpener, ResponseSealer, SealKeys, seal_request
 from registry.records import Offer, Peer
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 PROTOCOL = "/x/swarmctl/1"  # libp2p protocol of the door
@@ -39,10 +41,11 @@ _DIRECT_TRIED = 3
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """A model that this node serves: how it is announced and what answers."""
+    """A model of this node: how it is announced and what answers."""
 
     offer: Offer
     provider: Provider
+    usable: bool = True  # if not, the provider says why; it is never chosen for somebody who did not name it
 
 
 class PeerProvider:
@@ -74,10 +77,16 @@ class PeerProvider:
         """Raises `Unserved` or `Busy`: another node can be asked."""
         async with AsyncExitStack() as stack:
             response, opener = await self._ask(stack, wire.question(self._cid, request))
-            async for said in self._frames(response, opener):
-                if isinstance(said, Embeddings):
-                    return said
-                raise _out_of_place()
+            frames = await stack.enter_async_context(aclosing(self._frames(response, opener)))
+            joiner = wire.VectorsJoiner()
+            async for said in frames:
+                if not isinstance(said, wire.Vectors):
+                    raise _out_of_place()
+                embeddings = joiner.take(said)
+                if embeddings is not None and len(embeddings.vectors) == len(request.inputs):
+                    return embeddings
+                if embeddings is not None:
+                    raise _out_of_place()
         raise Unserved("peer", "it ended its answer before it began")
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
@@ -151,7 +160,7 @@ class PeerProvider:
             raise Busy("peer", "it has as many chats as it takes", "try again soon")
         raise Unserved("peer", f"its door answered {response.status}")
 
-    async def _frames(self, response: aiohttp.ClientResponse, opener: ResponseOpener) -> AsyncGenerator[Delta | Embeddings, None]:
+    async def _frames(self, response: aiohttp.ClientResponse, opener: ResponseOpener) -> AsyncGenerator[Delta | wire.Vectors, None]:
         received = 0
         while data := await self._read(response):
             received += len(data)
@@ -161,7 +170,7 @@ class PeerProvider:
                 match wire.parse_frame(frame):
                     case SwarmError() as error:
                         raise error
-                    case Delta() | Embeddings() as said:
+                    case Delta() | wire.Vectors() as said:
                         yield said
         opener.end()
         raise InferenceError("answer", "it ended without saying how", "ask again")
@@ -213,7 +222,7 @@ class ChatServer:
         if model is None:
             raise NotFound("model", "it is not served here any more", "ask another node")
         if isinstance(asked, EmbeddingRequest):
-            await out.send(wire.embeddings_frame(await model.provider.embed(asked)), last=True)
+            await self._embed(model.provider, asked, out)
             return
         deltas = model.provider.generate(asked)
         try:
@@ -229,21 +238,27 @@ class ChatServer:
             await close(deltas)
         raise InferenceError("answer", "it ended without saying how", "ask again")
 
+    async def _embed(self, provider: Provider, request: EmbeddingRequest, out: _Frames) -> None:
+        frames = list(wire.vector_frames(await self._alive_until(provider.embed(request), out)))
+        for frame in frames[:-1]:
+            await out.send(frame)
+        await out.send(frames[-1], last=True)
+
     async def _with_signs_of_life(self, deltas: AsyncIterator[Delta], out: _Frames) -> AsyncGenerator[Delta, None]:
-        """`deltas`, with a frame that says "alive" whenever none comes for a while (a long prompt, a queue)."""
-        while True:
-            step = asyncio.ensure_future(_next(deltas))
-            try:
-                while not (await asyncio.wait({step}, timeout=self._alive_every_s))[0]:
-                    await out.send(wire.ALIVE)
-            except BaseException:
-                step.cancel()
-                await asyncio.wait({step})
-                raise
-            delta = step.result()
-            if delta is None:
-                return
+        while (delta := await self._alive_until(_next(deltas), out)) is not None:
             yield delta
+
+    async def _alive_until(self, work: Coroutine[Any, Any, T], out: _Frames) -> T:
+        """What `work` gives, with a frame that says "alive" whenever it takes a while (a long prompt, a queue)."""
+        step = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({step}, timeout=self._alive_every_s))[0]:
+                await out.send(wire.ALIVE)
+        except BaseException:
+            step.cancel()
+            await asyncio.wait({step})
+            raise
+        return step.result()
 
 
 class _Frames:

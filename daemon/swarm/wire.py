@@ -1,15 +1,19 @@
 """What stands inside a sealed request: the question as JSON, and the frames of the answer. Pure; ceilings beside the parser.
 
     question  {"cid", "request"}
-    frame     {} (alive, nothing yet) | {"delta"} | {"embeddings"} | {"error": {"kind", "why", "hint"}}
+    frame     {} (alive, nothing yet) | {"delta"} | {"vectors": {"data", "count", "prompt_tokens"}} | {"error": {"kind", "why", "hint"}}
 
-Requests, deltas and embeddings stand in them as daemon/engine/codec.py writes them. Frames are padded to a multiple of 64 bytes,
-because the length of a token gives away text.
+Requests and deltas stand in them as daemon/engine/codec.py writes them; what is larger than a frame becomes several. Vectors are the
+float32 of all, one after the other, in pieces in base64; the last piece alone has `count` and `prompt_tokens`. Frames are padded to
+a multiple of 64 bytes, because the length of a token gives away text.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import base64
+import binascii
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from daemon.engine import codec
@@ -19,6 +23,7 @@ from daemon.errors import (
     Busy,
     ContextOverflow,
     InferenceError,
+    ModelLoadError,
     NoMemory,
     NotFound,
     Refused,
@@ -27,19 +32,21 @@ from daemon.errors import (
     UsageError,
     VerificationError,
 )
+from daemon.swarm.seal import FRAME_LIMIT
 from registry import strictjson
 from registry.errors import Malformed
 
 QUESTION_LIMIT = 3 << 20  # bytes of JSON
-FRAME_LIMIT = 16 << 20  # bytes; the vectors of one request
+VECTORS_LIMIT = 32 << 20  # bytes of all vectors of one request
 ERROR_TEXT_LIMIT = 300  # characters
-TEXT_LIMIT = 8 << 10  # characters of text in one frame; longer texts become several frames
+TEXT_LIMIT = 8 << 10  # characters of text in one frame; JSON takes six bytes for one at most
 
+_PIECE = 40 << 10  # bytes of vectors in one frame; base64 adds a third
 _PAD = 64
 # What a serving node may say went wrong; anything else becomes the last of them.
 _ERRORS: dict[str, type[SwarmError]] = {
     cls.__name__: cls
-    for cls in (ContextOverflow, UsageError, NotFound, Refused, Busy, Unserved, VerificationError, NoMemory, InferenceError)
+    for cls in (ContextOverflow, UsageError, NotFound, Refused, Busy, Unserved, VerificationError, NoMemory, ModelLoadError, InferenceError)
 }
 
 
@@ -67,13 +74,68 @@ ALIVE = b"{}".ljust(_PAD)
 
 def frames(delta: Delta) -> list[bytes]:
     """`delta` as one or more frames; a final one is the last of the answer."""
-    pieces = [delta.text[at : at + TEXT_LIMIT] for at in range(0, len(delta.text), TEXT_LIMIT)] or [""]
-    told = [Delta(text=piece) for piece in pieces[:-1]] + [replace(delta, text=pieces[-1])]
+    frame = _padded({"delta": codec.dump_delta(delta)})
+    if len(frame) <= FRAME_LIMIT:
+        return [frame]
+    told = [*_pieces(delta), Delta(finish=delta.finish, usage=delta.usage)]
     return [_padded({"delta": codec.dump_delta(one)}) for one in told]
 
 
-def embeddings_frame(embeddings: Embeddings) -> bytes:
-    return _padded({"embeddings": codec.dump_embeddings(embeddings)})
+def _pieces(delta: Delta) -> Iterator[Delta]:
+    """What a delta says, in the order of its fields, each part small enough for a frame of its own."""
+    for text in _cut(delta.text):
+        yield Delta(text)
+    for call in delta.tool_calls:
+        first, *rest = _cut(call.arguments) or [""]
+        yield Delta(tool_calls=(replace(call, arguments=first),))
+        yield from (Delta(tool_calls=(replace(call, id=None, name=None, arguments=text),)) for text in rest)
+    for one in delta.logprobs:
+        yield Delta(logprobs=(one,))
+
+
+def _cut(text: str) -> list[str]:
+    return [text[at : at + TEXT_LIMIT] for at in range(0, len(text), TEXT_LIMIT)]
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """A piece of the vectors of one answer; the last says how many they are."""
+
+    data: bytes
+    count: int | None = None
+    prompt_tokens: int = 0
+
+
+def vector_frames(embeddings: Embeddings) -> Iterator[bytes]:
+    """The last frame is the last of the answer. Raises `UsageError` when the vectors are larger than a peer accepts."""
+    data = b"".join(embeddings.vectors)
+    if len(data) > VECTORS_LIMIT:
+        raise UsageError("request", "its vectors are too large to be sent to another node", "ask for fewer at once")
+    end = max(len(data) - 1, 0) // _PIECE * _PIECE
+    for at in range(0, end, _PIECE):
+        yield _padded({"vectors": {"data": base64.b64encode(data[at : at + _PIECE]).decode()}})
+    last = {"data": base64.b64encode(data[end:]).decode(), "count": len(embeddings.vectors), "prompt_tokens": embeddings.prompt_tokens}
+    yield _padded({"vectors": last})
+
+
+class VectorsJoiner:
+    """The pieces of one answer, in order."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def take(self, piece: Vectors) -> Embeddings | None:
+        """The whole when `piece` is the last. Raises `VerificationError` for vectors that are too large or have no length in common."""
+        self._data += piece.data
+        if len(self._data) > VECTORS_LIMIT:
+            raise _odd()
+        if piece.count is None:
+            return None
+        size, rest = divmod(len(self._data), piece.count)
+        if rest or not size or size % 4 or size > codec.MAX_VECTOR:
+            raise _odd()
+        vectors = tuple(bytes(self._data[at : at + size]) for at in range(0, len(self._data), size))
+        return Embeddings(vectors, piece.prompt_tokens)
 
 
 def error_frame(error: SwarmError) -> bytes:
@@ -83,7 +145,7 @@ def error_frame(error: SwarmError) -> bytes:
     return _padded({"error": {"kind": kind, "why": _plain(why), "hint": _plain(hint)}})
 
 
-def parse_frame(frame: bytes) -> Delta | Embeddings | SwarmError | None:
+def parse_frame(frame: bytes) -> Delta | Vectors | SwarmError | None:
     """What a frame says, the failure that ends the answer, or None for a sign of life. Raises `VerificationError` for anything else."""
     try:
         match strictjson.loads(frame, limit=FRAME_LIMIT, what="a frame"):
@@ -91,13 +153,19 @@ def parse_frame(frame: bytes) -> Delta | Embeddings | SwarmError | None:
                 return None
             case {"delta": delta, **rest} if not rest:
                 return codec.load_delta(delta)
-            case {"embeddings": embeddings, **rest} if not rest:
-                return codec.load_embeddings(embeddings)
+            case {"vectors": {"data": str(data), "count": int(count), "prompt_tokens": int(tokens)}} if _counts(count, tokens):
+                return Vectors(base64.b64decode(data, validate=True), count, tokens)
+            case {"vectors": {"data": str(data), **rest}} if not rest:
+                return Vectors(base64.b64decode(data, validate=True))
             case {"error": {"kind": str(kind), "why": str(why), "hint": str(hint)}}:
                 return _ERRORS.get(kind, InferenceError)("the answering node", _plain(why), _plain(hint))
-    except Malformed as error:
+    except (Malformed, binascii.Error) as error:
         raise _odd() from error
     raise _odd()
+
+
+def _counts(count: int, tokens: int) -> bool:
+    return 1 <= count <= codec.MAX_INPUTS and 0 <= tokens <= codec.MAX_TOKENS
 
 
 def _padded(fields: dict[str, Any]) -> bytes:

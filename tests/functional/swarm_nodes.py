@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from daemon.engine.interface import ChatRequest, Delta, Usage
+from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Request, Usage
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.kubo import KuboProcess
 from daemon.ipfs.node import KuboNode
@@ -36,15 +36,26 @@ class Script:
     """A `Provider` that says `words`, or hangs or fails on the way. Notes what it was asked and that it was closed."""
 
     def __init__(
-        self, words: tuple[str, ...] = ("the ", "answer"), *, hang_after: int | None = None, fails: Exception | None = None
+        self, words: tuple[str | Delta, ...] = ("the ", "answer"), *, hang_after: int | None = None, fails: Exception | None = None
     ) -> None:
         self.words = words
         self.hang_after = hang_after
         self.fails = fails
-        self.asked: list[ChatRequest] = []
+        self.asked: list[Request | EmbeddingRequest] = []
         self.closed = asyncio.Event()
 
-    async def generate(self, request: ChatRequest) -> AsyncGenerator[Delta, None]:
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        return CAPABILITIES
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """Vectors of 1024 dimensions, which tell the inputs apart."""
+        self.asked.append(request)
+        if self.fails is not None:
+            raise self.fails
+        return Embeddings(tuple(number.to_bytes(4, "little") * 1024 for number in range(len(request.inputs))), 5)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         self.asked.append(request)
         try:
             if self.fails is not None:
@@ -52,7 +63,7 @@ class Script:
             for said, word in enumerate(self.words):
                 if said == self.hang_after:
                     await asyncio.Event().wait()
-                yield Delta(word)
+                yield Delta(word) if isinstance(word, str) else word
             if self.hang_after == len(self.words):
                 await asyncio.Event().wait()
             yield Delta(finish="stop", usage=Usage(3, len(self.words)))

@@ -17,8 +17,20 @@ import aiohttp
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from daemon.engine.interface import ChatRequest, Sampling
-from daemon.errors import Ambiguous, Busy, InferenceError, NotFound, Unavailable, Unserved, UsageError, VerificationError
+from daemon.engine.interface import (
+    Candidate,
+    ChatRequest,
+    CompletionRequest,
+    Delta,
+    EmbeddingRequest,
+    Embeddings,
+    Request,
+    Sampling,
+    TokenLogprob,
+    Tool,
+    ToolCallDelta,
+)
+from daemon.errors import Ambiguous, Busy, ContextOverflow, InferenceError, NotFound, Unavailable, Unserved, UsageError, VerificationError
 from daemon.swarm.door import Limits, open_door
 from daemon.swarm.relay import PROTOCOL, PeerProvider
 from daemon.swarm.seal import REQUEST_TYPE
@@ -289,7 +301,7 @@ async def test_another_node_is_asked_when_the_first_cannot(tmp_path: Path) -> No
 
 async def test_a_peer_that_fails_in_the_middle_ends_in_its_error(tmp_path: Path) -> None:
     class Broken(Script):
-        async def generate(self, request: ChatRequest) -> AsyncIterator[object]:  # type: ignore[override]  # only text matters
+        async def generate(self, request: Request) -> AsyncIterator[object]:  # type: ignore[override]  # only text matters
             async for delta in super().generate(request):
                 yield delta
                 raise RuntimeError("/secret/path")
@@ -329,6 +341,79 @@ async def test_unknown_ambiguous_and_unserved_are_told_apart(tmp_path: Path) -> 
             await b.answers.open("held only", QUESTION)
         with pytest.raises(UsageError):
             await b.answers.open("https://example.com/x.gguf", QUESTION)
+
+
+async def test_completions_tools_and_logprobs_come_from_a_peer_as_they_are(tmp_path: Path, kubo_binary: Path) -> None:
+    likely, unlikely = Candidate(b"\xe2\x98", -0.25), Candidate(b"no", -7.5)
+    said = (
+        Delta("\N{SNOWMAN}", logprobs=(TokenLogprob(likely, (likely, unlikely)),)),
+        Delta(tool_calls=(ToolCallDelta(0, "call_1", "weather"),)),
+        Delta(tool_calls=(ToolCallDelta(0, arguments='{"place":'), ToolCallDelta(1, "call_2", "time", "{}"))),
+        # More than one frame holds.
+        Delta("long " * 20_000, logprobs=(TokenLogprob(unlikely, (likely,) * 20),) * 100),
+    )
+    questions: tuple[Request, ...] = (
+        CompletionRequest((1, 2, 3), Sampling(temperature=0, logit_bias={7: -100}, logprobs=2)),
+        ChatRequest(QUESTION.messages, tools=(Tool("weather", "of a place"),), tool_choice="required", forced_tool="weather"),
+        ChatRequest(QUESTION.messages, schema={"type": "object", "properties": {"z": {}, "a": {}}}),
+    )
+    async with AsyncExitStack() as stack:
+        script = Script(said)
+        _, b = await two(stack, tmp_path, kubo_binary, script, door=False)
+        for question in questions:
+            deltas = [delta async for delta in (await b.answers.open(CID, question)).deltas]
+            assert deltas[:3] == list(said[:3])
+            assert "".join(delta.text for delta in deltas[3:]) == said[3].text
+            assert [one for delta in deltas[3:] for one in delta.logprobs] == list(said[3].logprobs)
+            assert deltas[-1].finish == "stop"
+        assert script.asked == list(questions)
+
+
+@pytest.mark.parametrize("over_ipfs", [True, False])
+async def test_vectors_come_from_a_peer(tmp_path: Path, kubo_binary: Path, over_ipfs: bool) -> None:
+    async with AsyncExitStack() as stack:
+        script = Script()
+        a, b = await two(stack, tmp_path, kubo_binary if over_ipfs else None, script, door=not over_ipfs)
+        question = EmbeddingRequest((*(f"text {number}" for number in range(500)), (1, 2)))
+        embedded = await b.answers.embed("a model", question)
+        assert (embedded.answered_by, embedded.name) == (a.key, "a model")
+        assert [int.from_bytes(vector[:4], "little") for vector in embedded.embeddings.vectors] == list(range(501))
+        assert {len(vector) for vector in embedded.embeddings.vectors} == {4096} and embedded.embeddings.prompt_tokens == 5
+        assert script.asked == [question]
+        assert b.table.stats()[a.key].successes == 1
+
+
+async def test_another_node_makes_the_vectors_when_the_first_cannot(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        c = await stack.enter_async_context(swarm_node(tmp_path / "c"))
+        a, b = await two(stack, tmp_path, None, Script())
+        a.serves(Script(fails=InferenceError("worker", "it died")), seeders=9)
+        c.serves(Script())
+        await b.announcer.join(c.announcer.address())
+        await until(lambda: b.sees(c, serving=True) and any(offer.seeders == 9 for offer in b.table.offers()))
+        assert (await b.answers.embed(CID, EmbeddingRequest(("x",)))).answered_by == c.key
+        assert b.table.stats()[a.key].failures == 1
+
+
+async def test_what_the_asker_must_change_arrives_as_that(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        a, b = await two(stack, tmp_path, None, Script(fails=ContextOverflow("chat", "it has 9000 tokens, the context 4096", "shorten it")))
+        with pytest.raises(ContextOverflow, match="9000 tokens"):
+            await b.answers.open(CID, QUESTION)
+        with pytest.raises(ContextOverflow):
+            await b.answers.embed(CID, EmbeddingRequest(("x",)))
+        assert a.key not in b.table.stats()
+
+
+async def test_a_peer_that_answers_another_question_is_not_believed(tmp_path: Path) -> None:
+    class Confused(Script):
+        async def embed(self, request: EmbeddingRequest) -> Embeddings:
+            return Embeddings((b"\0" * 8,), 1)
+
+    async with AsyncExitStack() as stack:
+        _, b = await two(stack, tmp_path, None, Confused())
+        with pytest.raises(Unserved, match="of another kind than the question"):
+            await b.answers.embed(CID, EmbeddingRequest(("one", "two")))
 
 
 async def test_nobody_at_all(tmp_path: Path) -> None:

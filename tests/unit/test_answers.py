@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.engine.interface import ChatRequest, Delta, Request, Usage
+from daemon.engine.interface import Candidate, ChatRequest, Delta, Embeddings, Request, TokenLogprob, ToolCallDelta, Usage
 from daemon.errors import (
     Busy,
     InferenceError,
@@ -28,7 +28,7 @@ from daemon.swarm.answers import Deltas
 from daemon.swarm.exchange import BODY_LIMIT, body, parse
 from daemon.swarm.seal import FRAME_LIMIT
 from registry.errors import Malformed
-from tests.unit.strategies import REQUESTS
+from tests.unit.strategies import DELTAS, REQUESTS
 
 CHAT = ChatRequest(({"role": "user", "content": "hi"},))
 
@@ -72,6 +72,65 @@ def test_deltas_arrive_in_frames_of_padded_length(text: str, finish: object) -> 
     assert isinstance(last, Delta) and (last.finish, last.usage) == (delta.finish, delta.usage)
 
 
+@given(delta=DELTAS)
+def test_a_delta_arrives_whole(delta: Delta) -> None:
+    assert joined(wire.frames(delta)) == replace(delta, usage=(delta.usage or Usage(0, 0)) if delta.finish else None)
+
+
+def test_a_delta_of_any_size_arrives_in_frames_that_can_be_sealed() -> None:
+    candidate = Candidate(b"\xff" * 300, -1.5)
+    delta = Delta(
+        "\x01" * 50_000,
+        (ToolCallDelta(0, "call_1", "f", "\x02" * 20_000), ToolCallDelta(1, "call_2", "g")),
+        (TokenLogprob(candidate, (candidate,) * 20),) * 50,
+        "tool_calls",
+        Usage(3, 4, 2),
+    )
+    frames = wire.frames(delta)
+    assert all(len(frame) <= FRAME_LIMIT for frame in frames)
+    whole = joined(frames)
+    assert (whole.text, whole.logprobs, whole.finish, whole.usage) == (delta.text, delta.logprobs, delta.finish, delta.usage)
+    assert [(call.index, call.id, call.name) for call in whole.tool_calls if call.id] == [(0, "call_1", "f"), (1, "call_2", "g")]
+    assert "".join(call.arguments for call in whole.tool_calls) == "\x02" * 20_000
+
+
+def joined(frames: list[bytes]) -> Delta:
+    parsed = [wire.parse_frame(frame) for frame in frames]
+    deltas = [one for one in parsed if isinstance(one, Delta)]
+    assert len(deltas) == len(parsed) and all(one.finish is None for one in deltas[:-1])
+    return Delta(
+        "".join(one.text for one in deltas),
+        tuple(call for one in deltas for call in one.tool_calls),
+        tuple(logprob for one in deltas for logprob in one.logprobs),
+        deltas[-1].finish,
+        deltas[-1].usage,
+    )
+
+
+@pytest.mark.parametrize(("count", "dimensions"), [(1, 1), (3, 40 << 8), (2048, 12), (2, 65536), (1, 10 << 10)])
+def test_vectors_arrive_in_frames_that_can_be_sealed(count: int, dimensions: int) -> None:
+    sent = Embeddings(tuple(bytes([number % 256]) * 4 * dimensions for number in range(count)), 77)
+    frames = list(wire.vector_frames(sent))
+    assert all(len(frame) <= FRAME_LIMIT for frame in frames)
+    joiner = wire.VectorsJoiner()
+    pieces = [wire.parse_frame(frame) for frame in frames]
+    received = [joiner.take(piece) for piece in pieces if isinstance(piece, wire.Vectors)]
+    assert received == [None] * (len(frames) - 1) + [sent]
+
+
+@pytest.mark.parametrize(("size", "count"), [(9, 2), (6, 1), (0, 1), (1 << 19, 1)])
+def test_vectors_of_no_possible_length_are_refused(size: int, count: int) -> None:
+    with pytest.raises(VerificationError):
+        wire.VectorsJoiner().take(wire.Vectors(b"x" * size, count, 1))
+
+
+def test_vectors_without_end_are_refused() -> None:
+    joiner = wire.VectorsJoiner()
+    with pytest.raises(VerificationError):
+        for _ in range(wire.VECTORS_LIMIT // 65536 + 1):
+            joiner.take(wire.Vectors(bytes(65536)))
+
+
 @pytest.mark.parametrize(
     ("sent", "received"),
     [
@@ -79,7 +138,7 @@ def test_deltas_arrive_in_frames_of_padded_length(text: str, finish: object) -> 
         (UsageError("chat", "it does not fit the context"), UsageError),
         (Refused("model", "not trusted"), Refused),
         (NoMemory("model", "/home/me/secret.gguf does not fit"), NoMemory),
-        (ModelLoadError("model", "/home/me/secret.gguf is broken"), InferenceError),
+        (ModelLoadError("model", "/home/me/secret.gguf is broken"), ModelLoadError),
         (Unavailable("worker", "/home/me/secret.sock is gone"), InferenceError),
     ],
 )
@@ -96,8 +155,16 @@ def test_text_of_a_peer_cannot_drive_the_terminal() -> None:
     assert str(error).isprintable() and len(str(error)) < 400
 
 
+VECTORS_OF_NONE = [
+    b'{"data":"!"}', b'{"data":"AAAA","more":1}', b'{"data":"AAAA","count":0,"prompt_tokens":1}',
+    b'{"data":"AAAA","count":1,"prompt_tokens":-1}', b'{"data":"AAAA","count":2049,"prompt_tokens":1}', b'{"data":"AAAA","count":1}',
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "frame", [b"[]", b'{"text":"x"}', b'{"delta":{"text":1}}', b'{"delta":{},"more":1}', b'{"embeddings":{}}', b'{"error":"x"}']
+    "frame",
+    [b"[]", b'{"text":"x"}', b'{"delta":{"text":1}}', b'{"delta":{},"more":1}', b'{"vectors":{}}', b'{"error":"x"}']
+    + [b'{"vectors":%s}' % made for made in VECTORS_OF_NONE],
 )
 def test_frames_of_unknown_form_are_refused(frame: bytes) -> None:
     with pytest.raises(VerificationError):
