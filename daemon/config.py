@@ -27,6 +27,7 @@ _RESERVED = {"SWARMCTL_HOME", "SWARMCTL_API", "SWARMCTL_TOKEN"}
 class Api:
     host: str = "127.0.0.1"  # address the local HTTP API listens on; only loopback addresses are taken
     port: int = 8787  # 0 picks a free one; daemon.json tells which
+    session_timeout: float = 1800.0  # seconds without a question after which a chat session is forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +213,8 @@ def _check(config: Config) -> None:
             raise UsageError(name, "it is less than nothing", "docs/settings.md says what 0 means")
     if config.swarm.heartbeat < 1:
         raise UsageError("swarm.heartbeat", f"{config.swarm.heartbeat} s is too often", "use at least 1")
+    if not 1 <= config.api.session_timeout <= 7 * 24 * 3600:
+        raise UsageError("api.session_timeout", f"{config.api.session_timeout:g} s is no time to keep a chat for", "use 1 to 604800")
     if not config.ipfs.enabled and not config.torrent.enabled:
         raise UsageError("ipfs.enabled and torrent.enabled", "both are off", "a node needs one of them")
     if config.engine.slots < 1 or config.engine.context < 64:

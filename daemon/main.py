@@ -29,6 +29,7 @@ from daemon import network
 from daemon.api.app import create_app
 from daemon.api.server import open_api
 from daemon.api.services import Services
+from daemon.api.sessions import Sessions
 from daemon.config import Config
 from daemon.engine.host import EngineHost
 from daemon.errors import SwarmError, UsageError
@@ -315,7 +316,7 @@ class _Daemon:
             own_offers=voice.offering.offers,
             announcer=voice.announcer, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,
         )  # fmt: skip
-        app, host = create_app(services, self._home.token()), config.api.host
+        app, host = create_app(services, self._home.token(), Sessions(config.api.session_timeout, time.time)), config.api.host
         port = await stack.enter_async_context(open_api(app, host, config.api.port, last_answers_s=_LAST_ANSWERS_S))
         status.api = f"http://{'[::1]' if host == '::1' else host}:{port}"
         await transfers.open(pull)

@@ -6,26 +6,36 @@ from collections import Counter
 
 from aiohttp import web
 
-from daemon.api import guard, metrics, models, openai, swarm
+from daemon.api import chat, guard, metrics, models, swarm
 from daemon.api.limits import LIMITS, Limits
+from daemon.api.openai import models as openai_models
+from daemon.api.openai import routes as openai
 from daemon.api.services import SERVICES, Services, services
+from daemon.api.sessions import SESSIONS, Sessions
+from daemon.api.tally import DELAY, TALLY, LoopDelay, Tally
 
 
-def create_app(services: Services, token: str, limits: Limits | None = None) -> web.Application:
+def create_app(services: Services, token: str, sessions: Sessions, limits: Limits | None = None) -> web.Application:
     """The application. `token` is the bearer token; the port that `Host` must name is the one a request comes in on."""
     app = web.Application(middlewares=[guard.answer_errors, guard.gate(token)])
     app[SERVICES] = services
     app[LIMITS] = limits or Limits()
     app[guard.REQUESTS] = Counter()
+    app[SESSIONS] = sessions
+    app[TALLY] = Tally()
+    app[DELAY] = LoopDelay()
+    app.cleanup_ctx.extend([sessions.kept, app[DELAY].watched])
     app.add_routes(
         [
             web.get("/healthz", healthz, allow_head=False),
             web.get("/metrics", metrics.metrics, allow_head=False),
             web.get("/api/status", status, allow_head=False),
             web.post("/api/stop", stop),
-            web.get("/v1/models", openai.list_models, allow_head=False),
-            web.get("/v1/models/{id:.+}", openai.get_model, allow_head=False),
+            web.get("/v1/models", openai_models.list_models, allow_head=False),
+            web.get("/v1/models/{id:.+}", openai_models.get_model, allow_head=False),
             web.post("/v1/chat/completions", openai.chat_completions),
+            web.post("/v1/completions", openai.completions),
+            web.post("/v1/embeddings", openai.embeddings),
             web.get("/api/ai/list", models.list_models, allow_head=False),
             web.post("/api/ai/publish", models.publish),
             web.post("/api/ai/download", models.download),
@@ -36,7 +46,11 @@ def create_app(services: Services, token: str, limits: Limits | None = None) -> 
             web.post("/api/ai/serve", models.serve),
             web.delete("/api/ai/serve", models.stop_serving),
             web.delete("/api/ai/model", models.remove),
-            web.post("/api/ai/chat", models.whole_chat),
+            web.post("/api/ai/chat", chat.whole_chat),
+            web.post("/api/ai/sessions", chat.open_session),
+            web.get("/api/ai/sessions", chat.list_sessions, allow_head=False),
+            web.get("/api/ai/sessions/{id}", chat.get_session, allow_head=False),
+            web.delete("/api/ai/sessions/{id}", chat.end_session),
             web.get("/api/ai/verify", models.verify, allow_head=False),
             web.post("/api/fsck", models.fsck),
             web.get("/api/trust", models.list_keys, allow_head=False),
@@ -46,7 +60,7 @@ def create_app(services: Services, token: str, limits: Limits | None = None) -> 
             web.get("/api/swarm/peers", swarm.list_peers, allow_head=False),
             web.post("/api/swarm/register", swarm.register),
             web.post("/api/swarm/join", swarm.join),
-            web.post("/api/swarm/relay/chat", swarm.relay_chat),
+            web.post("/api/swarm/relay/chat", chat.relay_chat),
         ]
     )
     return app

@@ -1,134 +1,153 @@
-"""A question and its answer, whichever route asks: messages are checked, deltas are counted, what was cut off is an error."""
+"""Questions in our own field names, and the sessions that remember them."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-from daemon.api import sse, views
+from aiohttp import web
+
+from daemon.api import body, sse, views
+from daemon.api.asking import Asking, Part, asking
 from daemon.api.body import Fields
-from daemon.api.services import Answer, Answers
-from daemon.engine.interface import ChatRequest, Delta, FinishReason, Request, Sampling, Usage
-from daemon.errors import Unserved, UsageError
+from daemon.api.messages import messages
+from daemon.api.openai import models
+from daemon.api.openai.requests import stop
+from daemon.api.services import services
+from daemon.api.sessions import MAX_TIMEOUT_S, SESSIONS, Question, Session
+from daemon.api.tally import TALLY
+from daemon.engine.codec import INTEGERS, NUMBERS
+from daemon.engine.interface import ChatRequest, Sampling
+from registry import codes
 
-MAX_MESSAGES = 4096
-MAX_TOKENS = 2**31 - 1
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-
-
-def messages(fields: Fields) -> tuple[dict[str, Any], ...]:
-    """The `messages` of a chat as role and text. Raises `UsageError` for what is no chat, or has nothing to answer."""
-    given = fields.take("messages")
-    if not isinstance(given, list) or not given:
-        raise fields.wrong("messages", "must be a list of at least one message")
-    if len(given) > MAX_MESSAGES:
-        raise fields.wrong("messages", f"has more than {MAX_MESSAGES} messages")
-    found = tuple(_message(value, f"messages[{place}].") for place, value in enumerate(given))
-    if not found[-1]["content"].strip():
-        raise fields.wrong("messages", "end with an empty message: there is nothing to answer")
-    return found
+Json = dict[str, Any]
 
 
-def _message(value: Any, within: str) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise UsageError(within[:-1], "is not an object", "send role and content")
-    fields = Fields(value, within)
-    role = fields.take("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise fields.wrong("role", "must be system, developer, user or assistant")
-    text = _content(fields, fields.take("content"), role)
-    fields.text("name")  # templates have no place for it
-    for name in ("tool_calls", "annotations"):
-        # A client that sends our own answer back includes these, empty.
-        if fields.take(name) not in (None, []):
-            raise fields.wrong(name, "is not supported yet")
-    fields.done()
-    return {"role": ROLES[role], "content": text}
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A parsed question. `model` is as it was named; None leaves the choice to the session, or to the routing rule."""
+
+    model: str | None
+    session: str | None
+    stream: bool
+    request: ChatRequest
 
 
-def _content(fields: Fields, content: Any, role: str) -> str:
-    if isinstance(content, str):
-        return content
-    if content is None and role == "assistant":
-        return ""
-    if not isinstance(content, list):
-        raise fields.wrong("content", "must be text or a list of text parts")
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text" or not isinstance(part["text"], str):
-            raise fields.wrong("content", "has a part that is not text; only text is supported")
-        texts.append(part["text"])
-    return "".join(texts)
+async def whole_chat(request: web.Request) -> web.StreamResponse:
+    asked = _parse(await body.fields(request, body.CHAT), streams=False)
+    return web.json_response(await _whole(request, asked))
 
 
-@dataclass
-class Asking:
-    """One answer as it comes, timed and counted."""
-
-    answer: Answer
-    started: float
-    first: float | None = None
-    last: float | None = None
-    finish: FinishReason | None = None
-    usage: Usage | None = None
-
-    async def texts(self) -> AsyncGenerator[str, None]:
-        """The texts of the answer. Raises `Unserved` when it ends without saying how."""
-        async for delta in self.answer.deltas:
-            self._note(delta)
-            if delta.text:
-                yield delta.text
-        if self.finish is None:
-            raise Unserved("answer", "it was cut off before its end", "ask again")
-
-    def _note(self, delta: Delta) -> None:
-        if delta.text:
-            self.last = time.monotonic()
-            self.first = self.first or self.last
-        self.finish = delta.finish or self.finish
-        self.usage = delta.usage or self.usage
-
-    def counted(self) -> dict[str, int] | None:
-        return None if self.usage is None else views.usage(self.usage)
-
-    def figures(self) -> dict[str, float | None]:
-        """`ttft_ms` and `tokens_per_second` (decoding alone, so the first token does not count)."""
-        if self.first is None or self.last is None:
-            return {"ttft_ms": None, "tokens_per_second": None}
-        tokens = self.usage.completion_tokens - 1 if self.usage else 0
-        seconds = self.last - self.first
-        return {
-            "ttft_ms": round((self.first - self.started) * 1000, 1),
-            "tokens_per_second": round(tokens / seconds, 1) if tokens > 0 and seconds > 0 else None,
-        }
+async def relay_chat(request: web.Request) -> web.StreamResponse:
+    asked = _parse(await body.fields(request, body.CHAT), streams=True)
+    if asked.stream:
+        return await sse.stream(request, _events(request, asked))
+    return web.json_response(await _whole(request, asked))
 
 
-@asynccontextmanager
-async def asking(answers: Answers, model: str | None, request: Request) -> AsyncIterator[tuple[Asking, AsyncIterator[str]]]:
-    """Ask, and give the answer up (which cancels it where it is made) when the context ends, however it ends."""
-    started = time.monotonic()
-    answer = await answers.open(model, request)
-    asked = Asking(answer, started)
-    texts = asked.texts()
-    try:
-        yield asked, texts
-    finally:
-        await texts.aclose()
-        await sse.close(answer.deltas)
-
-
-def own_request(fields: Fields) -> ChatRequest:
-    """A chat in our own field names: `messages`, `maxTokens`, `temperature`."""
-    given = {
-        "max_tokens": fields.integer("maxTokens", 1, MAX_TOKENS),
-        "temperature": fields.number("temperature", 0, 2),
+def _parse(fields: Fields, *, streams: bool) -> Asked:
+    """`streams` marks the route that may choose the model and stream. Raises `UsageError`."""
+    session = fields.text("sessionId")
+    optional = streams or session is not None
+    model = fields.text("modelId") if optional else fields.required_text("modelId")
+    given: Json = {
+        "max_tokens": fields.integer("maxTokens", *INTEGERS["max_tokens"]),
+        "temperature": fields.number("temperature", *NUMBERS["temperature"]),
+        "top_p": fields.number("topP", *NUMBERS["top_p"]),
+        "seed": fields.integer("seed", *INTEGERS["seed"]),
+        "stop": stop(fields),
     }
-    return request(messages(fields), given)
+    sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
+    asked = Asked(model, session, streams and fields.flag("stream"), ChatRequest(messages(fields), sampling))
+    fields.done()
+    return asked
 
 
-def request(messages: tuple[dict[str, Any], ...], given: Mapping[str, Any]) -> ChatRequest:
-    """The request with what was given; the rest as `ChatRequest` has it."""
-    return ChatRequest(messages, Sampling(**{name: value for name, value in given.items() if value is not None}))
+async def _whole(request: web.Request, asked: Asked) -> Json:
+    """One answer as a whole."""
+    with _in_session(request, asked) as (wanted, question):
+        async with _asking(request, wanted) as (reply, parts):
+            text = "".join([delta.text async for _, delta in parts])
+        if question is not None:
+            question.answered(text, reply.first.answer.code)
+    return {"content": text, **_end(reply), **_who(reply)}
+
+
+async def _events(request: web.Request, asked: Asked) -> AsyncIterator[sse.Event]:
+    """Who answers, then the text as it comes, then how it ended."""
+    with _in_session(request, asked) as (wanted, question):
+        said: list[str] = []
+        async with _asking(request, wanted) as (reply, parts):
+            async for _, delta in parts:
+                if not said:
+                    yield _who(reply)
+                said.append(delta.text)
+                if delta.text:
+                    yield {"text": delta.text}
+        if question is not None:
+            question.answered("".join(said), reply.first.answer.code)
+    yield _end(reply)
+
+
+@contextmanager
+def _in_session(request: web.Request, asked: Asked) -> Iterator[tuple[Asked, Question | None]]:
+    """The question with what the session remembers before it. Nothing of it is kept unless it was `answered`."""
+    if asked.session is None:
+        yield asked, None
+        return
+    with request.app[SESSIONS].question(asked.session, asked.request.messages) as question:
+        chat = replace(asked.request, messages=question.messages)
+        yield replace(asked, model=asked.model or question.session.model, request=chat), question
+
+
+def _asking(request: web.Request, asked: Asked) -> AbstractAsyncContextManager[tuple[Asking, AsyncIterator[Part]]]:
+    return asking(services(request).answers, request.app[TALLY], asked.model, [asked.request])
+
+
+def _who(reply: Asking) -> Json:
+    answer = reply.first.answer
+    return {"answered_by": answer.answered_by, "code": codes.short(answer.code), "name": answer.name}
+
+
+def _end(reply: Asking) -> Json:
+    return {"finish_reason": reply.first.finish, "usage": views.usage(reply.usage()), **reply.first.figures()}
+
+
+# -- sessions -----------------------------------------------------------------------------------------------------------
+
+
+async def open_session(request: web.Request) -> web.StreamResponse:
+    fields = await body.fields(request, body.CHAT)
+    wanted, system = fields.text("modelId"), fields.text("system", body.CHAT)
+    timeout = fields.number("timeout", 1, MAX_TIMEOUT_S)
+    fields.done()
+    known = services(request)
+    model = None if wanted is None else models.resolve(models.askable(known), wanted).codes[0]
+    first = [] if system is None else [{"role": "system", "content": system}]
+    session = request.app[SESSIONS].create(model, first, timeout)
+    return web.json_response(_session(session), status=201)
+
+
+async def list_sessions(request: web.Request) -> web.StreamResponse:
+    return web.json_response([_session(session, whole=False) for session in request.app[SESSIONS].all()])
+
+
+async def get_session(request: web.Request) -> web.StreamResponse:
+    return web.json_response(_session(request.app[SESSIONS].get(request.match_info["id"])))
+
+
+async def end_session(request: web.Request) -> web.StreamResponse:
+    return web.json_response(_session(request.app[SESSIONS].delete(request.match_info["id"])))
+
+
+def _session(session: Session, *, whole: bool = True) -> Json:
+    """In a list `messages` is their number."""
+    return {
+        "id": session.id,
+        "modelId": None if session.model is None else codes.short(session.model),
+        "created": views.iso(int(session.created)),
+        "expires": views.iso(int(session.expires)),
+        "messages": list(session.messages) if whole else len(session.messages),
+    }

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-REQUESTS = web.AppKey("requests", Counter[int])  # answered requests by HTTP status
+REQUESTS = web.AppKey("requests", Counter[tuple[str, int]])  # answered requests by route, "" where there is none, and HTTP status
 
 
 class NoRoute(NotFound):
@@ -80,7 +80,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except Exception:  # whatever else it is, it is ours: it must not reach the caller, and must be found in the log
         log.exception("a bug while answering %s %s", request.method, _shown(request.path))
         response = error_response(request, Bug("swarmctl", "a bug", "the daemon's log says more"))
-    request.app[REQUESTS][response.status] += 1
+    resource = request.match_info.route.resource
+    request.app[REQUESTS][resource.canonical if resource is not None else "", response.status] += 1
     return response
 
 
@@ -88,7 +89,8 @@ def error_body(request: web.BaseRequest, error: SwarmError) -> dict[str, Any]:
     """The JSON of an error in the shape of the API that was asked."""
     if not request.path.startswith("/v1/"):
         return error.as_json()
-    code = {401: "invalid_api_key", 404: "model_not_found"}.get(error.http_status) if not isinstance(error, NoRoute) else None
+    code = error.openai_code or {401: "invalid_api_key", 404: "model_not_found"}.get(error.http_status)
+    code = None if isinstance(error, NoRoute) else code
     param = error.what if isinstance(error, WrongField) else None
     return {"error": {"message": str(error), "type": error.openai_type, "param": param, "code": code}}
 

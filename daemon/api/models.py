@@ -8,12 +8,11 @@ from typing import Any
 
 from aiohttp import web
 
-from daemon.api import body, chat, sse, views
+from daemon.api import body, sse, views
 from daemon.api.body import TEXT, Fields
 from daemon.api.services import Services, Transfer, services
-from daemon.engine.interface import ChatRequest, ServeOptions
+from daemon.engine.interface import ServeOptions
 from daemon.errors import Unserved, UsageError
-from registry import codes
 from registry.records import Model
 
 
@@ -95,22 +94,6 @@ async def remove(request: web.Request) -> web.StreamResponse:
     await known.serving.stop(model)
     await known.library.remove(model)
     return web.json_response({**before, "serving": False, "local": False})
-
-
-async def whole_chat(request: web.Request) -> web.StreamResponse:
-    fields = await body.fields(request, body.CHAT)
-    wanted, asked = fields.required_text("modelId"), chat.own_request(fields)
-    fields.done()
-    return web.json_response(await answer_whole(services(request), wanted, asked))
-
-
-async def answer_whole(known: Services, wanted: str | None, asked: ChatRequest) -> dict[str, Any]:
-    """One answer as a whole, in our own field names."""
-    async with chat.asking(known.answers, wanted, asked) as (reply, texts):
-        text = "".join([text async for text in texts])
-    answer = reply.answer
-    told = {"content": text, "usage": reply.counted(), "finish_reason": reply.finish, **reply.figures()}
-    return {**told, "answered_by": answer.answered_by, "code": codes.short(answer.code), "name": answer.name}
 
 
 async def verify(request: web.Request) -> web.StreamResponse:

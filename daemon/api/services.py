@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from daemon.engine.interface import Delta, Request, Served, ServeOptions
+from daemon.engine.interface import Delta, EmbeddingRequest, Embeddings, Request, Served, ServeOptions
 from daemon.errors import SwarmError
 from registry.records import Address, Announcement, Model, Offer, Peer, Trust
 
@@ -109,10 +109,23 @@ class Answer(Protocol):
     def deltas(self) -> AsyncIterator[Delta]: ...
 
 
+class Embedded(Protocol):
+    @property
+    def answered_by(self) -> str: ...
+    @property
+    def code(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def embeddings(self) -> Embeddings: ...
+
+
 class Answers(Protocol):
     async def open(self, model: str | None, request: Request, /) -> Answer:
         """Choose who answers and begin. `model` is a code, CID or name; None: the routing rule chooses."""
         ...
+
+    async def embed(self, model: str | None, request: EmbeddingRequest, /) -> Embedded: ...
 
 
 class KeyEntry(Protocol):

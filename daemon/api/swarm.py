@@ -1,17 +1,12 @@
-"""Routes of the swarm: what others have, who they are, and questions that any of them may answer."""
+"""Routes of the swarm: what others have, and who they are."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 from aiohttp import web
 
-from daemon.api import body, chat, sse, views
-from daemon.api.models import answer_whole
-from daemon.api.services import Services, services
-from daemon.engine.interface import ChatRequest
+from daemon.api import body, views
+from daemon.api.services import services
 from daemon.errors import UsageError, VerificationError
-from registry import codes
 from registry.address import parse_address
 from registry.errors import Malformed, NotVerified, Stale
 
@@ -59,23 +54,3 @@ async def join(request: web.Request) -> web.StreamResponse:
         raise UsageError("address", str(error), "copy it from another node's `swarmctl status`") from error
     known = services(request)
     return web.json_response(views.peer(known, await known.announcer.join(address)))
-
-
-async def relay_chat(request: web.Request) -> web.StreamResponse:
-    fields = await body.fields(request, body.CHAT)
-    wanted, stream, asked = fields.text("modelId"), fields.flag("stream"), chat.own_request(fields)
-    fields.done()
-    known = services(request)
-    if stream:
-        return await sse.stream(request, _events(known, wanted, asked))
-    return web.json_response(await answer_whole(known, wanted, asked))
-
-
-async def _events(known: Services, wanted: str | None, asked: ChatRequest) -> AsyncIterator[sse.Event]:
-    """Who answers, then the text as it comes, then how it ended."""
-    async with chat.asking(known.answers, wanted, asked) as (reply, texts):
-        answer = reply.answer
-        yield {"answered_by": answer.answered_by, "code": codes.short(answer.code), "name": answer.name}
-        async for text in texts:
-            yield {"text": text}
-    yield {"finish_reason": reply.finish, "usage": reply.counted(), **reply.figures()}

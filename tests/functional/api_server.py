@@ -11,18 +11,36 @@ import contextlib
 import json
 import os
 import signal
+import struct
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from aiohttp import web
 
 from daemon.api.app import create_app
 from daemon.api.limits import Limits
 from daemon.api.server import open_api
 from daemon.api.services import Services
-from daemon.engine.interface import ChatRequest, Delta, Served, ServeOptions, Usage
-from daemon.errors import Busy, InferenceError, NotFound, SwarmError, UsageError
+from daemon.api.sessions import Sessions
+from daemon.engine.interface import (
+    Candidate,
+    ChatRequest,
+    CompletionRequest,
+    Delta,
+    EmbeddingRequest,
+    Embeddings,
+    Request,
+    Served,
+    ServeOptions,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
+from daemon.errors import Busy, ContextOverflow, InferenceError, NotFound, SwarmError, UsageError
 from registry import refs
 from registry.errors import Malformed, NotVerified, Repeated
 from registry.records import Address, Announcement, GgufFacts, Identity, Model, Offer, Peer, Trust
@@ -36,6 +54,7 @@ MODEL = Model(
     identity=Identity(100, "1" * 64, "2" * 64, CID, "3" * 40, "4" * 64),
     name="tiny", facts=GgufFacts("llama"), added="2026-11-21T10:00:00Z", origin="published", signed_by=NODE,
 )  # fmt: skip
+FULL_CODE = "abc2def" + "a" * 45
 EVIL_NAME = "evil\x1b[2J\u202egguf"
 
 
@@ -203,31 +222,51 @@ class FakeAnswer:
     deltas: AsyncIterator[Delta]
 
 
+@dataclass
+class FakeEmbedded:
+    answered_by: str
+    code: str
+    name: str
+    embeddings: Embeddings
+
+
 class FakeAnswers:
-    """The last message says how the answer goes; by default its words come back."""
+    """The last message, or the prompt, says how the answer goes; by default its words come back. With tools they are called."""
 
     def __init__(self, home: Path | None) -> None:
-        self.requests: list[tuple[str | None, ChatRequest]] = []
+        self.requests: list[tuple[str | None, Request]] = []
         self.closed = asyncio.Event()
+        self.gate = asyncio.Event()  # until it is set, "wait" does
         self._home = home
 
-    async def open(self, model: str | None, request: ChatRequest) -> FakeAnswer:
+    async def open(self, model: str | None, request: Request) -> FakeAnswer:
         if model == "nobody":
             raise NotFound("nobody", "nobody serves it", "swarmctl models")
         self.requests.append((model, request))
-        prompt = request.messages[-1]["content"]
-        if prompt == "history":
-            prompt = "|".join(f"{message['role']}:{message['content']}" for message in request.messages)
+        prompt = _prompt(request)
         if prompt == "busy":
             raise Busy("tiny", "all slots are taken", "try again")
-        return FakeAnswer(OTHER, "abc2def" + "a" * 45, "tiny", self._deltas(prompt))
+        if prompt == "too long":
+            raise ContextOverflow("prompt", "it has 9 tokens, more than 8", "send less")
+        return FakeAnswer(OTHER, FULL_CODE, "tiny", self._deltas(prompt, request))
 
-    async def _deltas(self, prompt: str) -> AsyncIterator[Delta]:
+    async def embed(self, model: str | None, request: EmbeddingRequest) -> FakeEmbedded:
+        """The vector of an input is its length and 1, not of length 1."""
+        vectors = tuple(struct.pack("<2f", len(one), 1) for one in request.inputs)
+        return FakeEmbedded(OTHER, FULL_CODE, "tiny", Embeddings(vectors, sum(len(one) for one in request.inputs)))
+
+    async def _deltas(self, prompt: str, request: Request) -> AsyncIterator[Delta]:
         try:
             if prompt == "fail at once":
                 raise UsageError("prompt", "it does not fit", "send less")
             if prompt == "bug":
                 raise RuntimeError("secret of the bug")
+            if prompt == "wait":
+                await self.gate.wait()
+            if isinstance(request, ChatRequest) and request.tools and request.tool_choice != "none":
+                for delta in _calls(request):
+                    yield delta
+                return
             if prompt == "escape":
                 yield Delta("a\x1b")
                 yield Delta("]52;c;aGk=\x07\nb\u202ec")
@@ -240,15 +279,43 @@ class FakeAnswers:
                     yield Delta("x" * 60_000)
             else:
                 for word in prompt.split(" "):
-                    yield Delta(word + " ")
+                    yield Delta(word + " ", logprobs=_logprobs(word + " ", request.sampling.logprobs))
             if prompt == "fail later":
                 raise InferenceError("tiny", "llama.cpp failed", "ask again")
             if prompt != "cut off":
-                yield Delta(finish="stop", usage=Usage(3, 5))
+                yield Delta(finish="stop", usage=Usage(3, 5, 2))
         finally:
             if self._home is not None:
                 (self._home / "answer-closed").touch()
             self.closed.set()
+
+
+def _prompt(request: Request) -> str:
+    if isinstance(request, CompletionRequest):
+        return request.prompt if isinstance(request.prompt, str) else " ".join(map(str, request.prompt))
+    prompt: str = request.messages[-1]["content"]
+    if prompt == "history":
+        return "|".join(f"{message['role']}:{message['content']}" for message in request.messages)
+    return prompt
+
+
+def _calls(request: ChatRequest) -> Iterator[Delta]:
+    """Each tool is called, the arguments in pieces; the last message comes before, when it says so."""
+    if _prompt(request).startswith("say"):
+        yield Delta("I ask.")
+    for index, tool in enumerate(request.tools):
+        yield Delta(tool_calls=(ToolCallDelta(index, f"call_{index}", tool.name),))
+        for piece in ('{"city": ', '"Ghent"}'):
+            yield Delta(tool_calls=(ToolCallDelta(index, arguments=piece),))
+    yield Delta(finish="tool_calls", usage=Usage(3, 5))
+
+
+def _logprobs(text: str, count: int | None) -> tuple[TokenLogprob, ...]:
+    """One token for each character; a character of several bytes is two tokens."""
+    if count is None:
+        return ()
+    tokens = [piece for letter in text for piece in (letter.encode()[:1], letter.encode()[1:]) if piece]
+    return tuple(TokenLogprob(Candidate(token, -0.5), (Candidate(token, -0.5), Candidate(b"?", -1.5))[:count]) for token in tokens)
 
 
 @dataclass
@@ -281,8 +348,13 @@ class World:
     def __init__(self, home: Path | None = None) -> None:
         self.library, self.serving, self.peers = FakeLibrary(), FakeServing(), FakePeers()
         self.transfers, self.answers, self.trust = FakeTransfers(home), FakeAnswers(home), FakeTrust()
+        self.sessions = Sessions(1800, lambda: time.time() + self.passed)
+        self.passed = 0.0  # seconds by which time has moved on for sessions
         self.stopped = asyncio.Event()
         self.url = ""
+
+    def app(self, limits: Limits | None = None) -> web.Application:
+        return create_app(self.services(), TOKEN, self.sessions, limits)
 
     async def status(self) -> dict[str, Any]:
         ipfs = {"enabled": False, "state": "off", "version": None, "pid": None, "peers": 0, "reason": None}
@@ -314,7 +386,7 @@ class World:
 @contextlib.asynccontextmanager
 async def running(world: World, limits: Limits | None = None) -> AsyncIterator[str]:
     """The URL of the API while the context lasts."""
-    async with open_api(create_app(world.services(), TOKEN, limits), "127.0.0.1", 0, last_answers_s=1) as port:
+    async with open_api(world.app(limits), "127.0.0.1", 0, last_answers_s=1) as port:
         world.url = f"http://127.0.0.1:{port}"
         yield world.url
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import click
 
-from daemon.api.app import create_app
-from daemon.api.openai import IGNORED, NEUTRAL
+from daemon.api.openai.requests import IGNORED, NEUTRAL
 from daemon.config import settings
 from swarmctl.cli import MODULE_OF, cli
 from tests.functional.api_server import World
@@ -56,7 +55,7 @@ def test_every_documented_command_and_option_exists() -> None:
 
 
 async def test_every_route_is_documented_and_every_documented_one_exists() -> None:
-    router = create_app(World().services(), "t" * 32).router
+    router = World().app().router
     routes = {f"{route.method} {re.sub(':[^}]*', '', route.resource.canonical)}" for route in router.routes() if route.resource is not None}
     assert set(re.findall(r"^\| `([A-Z]+ /[^`]+)`", HTTP, re.MULTILINE)) == routes
 
