@@ -1,4 +1,4 @@
-"""The HTTP API over real sockets: who is let in, what is refused, and OpenAI's own client."""
+"""The HTTP API over real sockets: who is let in, what is refused, and our own routes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import aiohttp
-import openai
 import pytest
 
 from daemon.api.limits import Limits
-from daemon.engine.interface import Sampling, ServeOptions
+from daemon.engine.interface import Sampling
 from tests.functional.api_server import CID, CID2, MODEL, NODE, OTHER, TOKEN, World, running
 
 MESSAGES = [{"role": "user", "content": "one two three"}]
+QUESTION = {"modelId": "tiny", "messages": MESSAGES, "maxTokens": 9, "temperature": 0, "topP": 0.5, "seed": 3, "stop": "x"}
 
 
 @pytest.fixture
@@ -28,12 +28,6 @@ async def world() -> World:
 async def api(world: World) -> AsyncIterator[aiohttp.ClientSession]:
     async with running(world) as url, aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {TOKEN}"}) as session:
         yield session
-
-
-@pytest.fixture
-async def ai(world: World) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with running(world) as url, openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0) as client:
-        yield client
 
 
 async def raw(world: World, data: bytes) -> tuple[int, bytes]:
@@ -114,7 +108,7 @@ async def test_unknown_routes_and_methods(api: aiohttp.ClientSession) -> None:
     assert (answer.status, (await answer.json())["error"]["code"]) == (404, 3)
     answer = await api.get("/api/stop")
     assert (answer.status, answer.headers["Allow"]) == (405, "POST")
-    answer = await api.post("/v1/embeddings", json={})
+    answer = await api.post("/v1/responses", json={})
     error = (await answer.json())["error"]
     assert (answer.status, error["type"], error["code"]) == (404, "invalid_request_error", None)  # no model is missing
 
@@ -219,7 +213,18 @@ async def test_metrics(api: aiohttp.ClientSession) -> None:
     await (await api.get("/no/such")).read()
     text = await (await api.get("/metrics")).text()
     assert "\nswarmctl_models 1\n" in text
-    assert '\nswarmctl_http_requests_total{status="404"} 1\n' in text
+    assert '\nswarmctl_http_requests_total{route="",status="404"} 1\n' in text
+    for prompt in ("two words", "fail later", "busy"):
+        await (await api.post("/api/ai/chat", json={"modelId": "tiny", "messages": [{"role": "user", "content": prompt}]})).read()
+    await (await api.post("/v1/embeddings", json={"model": "tiny", "input": "four"})).read()
+    text = await (await api.get("/metrics")).text()
+    for line in (
+        'http_requests_total{route="/api/ai/chat",status="200"} 1', 'answers_total{outcome="done"} 2', 'answers_total{outcome="failed"} 1',
+        'answers_total{outcome="refused"} 1', 'answers_total{outcome="cancelled"} 0', "answers_running 0", "answers_waiting 0",
+        'answer_tokens_total{kind="prompt"} 7', 'answer_tokens_total{kind="completion"} 5', 'answer_tokens_total{kind="cached"} 2',
+    ):  # fmt: skip
+        assert f"\nswarmctl_{line}\n" in text
+    assert float(text.rpartition("\nswarmctl_loop_delay_p99_seconds ")[2]) >= 0
 
 
 async def test_stop(api: aiohttp.ClientSession, world: World) -> None:
@@ -227,9 +232,11 @@ async def test_stop(api: aiohttp.ClientSession, world: World) -> None:
     assert world.stopped.is_set()
 
 
-async def test_chats_in_our_own_words(api: aiohttp.ClientSession) -> None:
-    whole = await (await api.post("/api/ai/chat", json={"modelId": "tiny", "messages": MESSAGES, "maxTokens": 9, "temperature": 0})).json()
+async def test_chats_in_our_own_words(api: aiohttp.ClientSession, world: World) -> None:
+    whole = await (await api.post("/api/ai/chat", json=QUESTION)).json()
     assert (whole["content"], whole["answered_by"], whole["code"]) == ("one two three ", OTHER, "abc2def")
+    (_, asked) = world.answers.requests[-1]
+    assert asked.sampling == Sampling(max_tokens=9, temperature=0.0, top_p=0.5, seed=3, stop=("x",))
     events = await sse(await api.post("/api/swarm/relay/chat", json={"messages": MESSAGES, "stream": True}))
     assert events[0] == {"answered_by": OTHER, "code": "abc2def", "name": "tiny"}
     assert "".join(event.get("text", "") for event in events) == "one two three "
@@ -239,82 +246,6 @@ async def test_chats_in_our_own_words(api: aiohttp.ClientSession) -> None:
     assert later[-1]["error"]["code"] == 7
     cut = await api.post("/api/swarm/relay/chat", json={"messages": [{"role": "user", "content": "cut off"}]})
     assert cut.status == 503
-
-
-# -- OpenAI's client ----------------------------------------------------------------------------------------------------
-
-
-async def test_openai_models(ai: openai.AsyncOpenAI, world: World) -> None:
-    await world.serving.serve(MODEL, ServeOptions())
-    served = {model.id: model async for model in await ai.models.list()}
-    assert len(served) == 2
-    code = next(model.id for model in served.values() if model.model_dump()["cid"] == CID)
-    for name in (code, f"#{code}", CID, "tiny"):
-        assert (await ai.models.retrieve(name)).id == code
-    for name in ("nobody", "owner/model", "gpt-4o"):
-        with pytest.raises(openai.NotFoundError):
-            await ai.models.retrieve(name)
-
-
-async def test_openai_chat_whole(ai: openai.AsyncOpenAI, world: World) -> None:
-    answer = await ai.chat.completions.create(
-        model="tiny", max_tokens=9, temperature=0, stop="x", seed=1,
-        messages=[{"role": "developer", "content": "be kind"}, {"role": "user", "content": [{"type": "text", "text": "one two"}]}],
-        user="me", metadata={"a": "b"}, store=False, n=1, logprobs=False, response_format={"type": "text"},
-    )  # fmt: skip
-    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("one two ", "stop")
-    assert (answer.model, answer.usage.total_tokens if answer.usage else None, answer.model_dump()["answered_by"]) == ("abc2def", 8, OTHER)
-    model, request = world.answers.requests[-1]
-    assert (model, request.sampling) == ("tiny", Sampling(max_tokens=9, temperature=0.0, stop=("x",), seed=1))
-    assert [message["role"] for message in request.messages] == ["system", "user"]
-    # The client's own answer goes back as it came.
-    again = await ai.chat.completions.create(
-        model="tiny", messages=[answer.choices[0].message.model_dump(), {"role": "user", "content": "more"}]  # type: ignore[list-item]
-    )  # fmt: skip
-    assert again.choices[0].message.content == "more "
-
-
-@pytest.mark.parametrize("include_usage", [True, False])
-async def test_openai_chat_streamed(ai: openai.AsyncOpenAI, include_usage: bool) -> None:
-    options: Any = {"stream_options": {"include_usage": True}} if include_usage else {}
-    chunks = [chunk async for chunk in await ai.chat.completions.create(model="tiny", messages=MESSAGES, stream=True, **options)]  # type: ignore[call-overload]
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == "one two three "
-    assert chunks[0].choices[0].delta.role == "assistant"
-    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
-    assert (chunks[-1].usage is not None) is include_usage
-    assert all(chunk.model_dump()["answered_by"] == OTHER for chunk in chunks)
-
-
-async def test_openai_errors(ai: openai.AsyncOpenAI, world: World) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key="wrong", max_retries=0) as stranger:
-        with pytest.raises(openai.AuthenticationError):
-            await stranger.models.list()
-    create = ai.chat.completions.create
-    with pytest.raises(openai.NotFoundError):
-        await create(model="nobody", messages=MESSAGES)  # type: ignore[arg-type]
-    with pytest.raises(openai.NotFoundError):
-        await create(model="nobody", messages=MESSAGES, stream=True)  # type: ignore[arg-type]
-    with pytest.raises(openai.BadRequestError):
-        await create(model="tiny", messages=MESSAGES, n=2)  # type: ignore[arg-type]
-    with pytest.raises(openai.BadRequestError):
-        await create(model="tiny", messages=[{"role": "user", "content": "fail at once"}], stream=True)
-    with pytest.raises(openai.RateLimitError):
-        await create(model="tiny", messages=[{"role": "user", "content": "busy"}])
-    with pytest.raises(openai.InternalServerError) as bug:
-        await create(model="tiny", messages=[{"role": "user", "content": "bug"}])
-    assert "secret" not in str(bug.value)
-
-
-@pytest.mark.parametrize("prompt", ["fail later", "cut off"])
-async def test_an_answer_that_fails_never_looks_finished(api: aiohttp.ClientSession, ai: openai.AsyncOpenAI, prompt: str) -> None:
-    messages: Any = [{"role": "user", "content": prompt}]
-    events = await sse(await api.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, "stream": True}))
-    assert set(events[-1]) == {"error"}
-    assert not any(choice["finish_reason"] for event in events[:-1] for choice in event["choices"])
-    with pytest.raises(openai.APIError):
-        async for _ in await ai.chat.completions.create(model="tiny", messages=messages, stream=True):
-            pass
 
 
 @pytest.mark.parametrize("prompt", ["for ever", "flood"])
