@@ -100,7 +100,7 @@ def render(source: str, messages: list[dict[str, Any]], tools: tuple[Tool, ...] 
 def test_qwen_and_hermes_get_tools_calls_and_results() -> None:
     prompt = render(QWEN, TALK, TOOLS)
     assert prompt.startswith('<|im_start|>system{"type": "function", "function": {"name": "weather", "description": "Tells the')
-    assert '<|im_start|>assistant\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>' in prompt
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>' in prompt
     assert prompt.endswith("<tool_response>\nsunny\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
     assert ChatTemplate(QWEN).calls == HERMES
     assert "system" not in render(QWEN, TALK)
