@@ -4,7 +4,7 @@
 - A header field or a request line that is too long is 431 or 414, what is no HTTP is 400; nothing of it is sent back or logged.
 - Content codings are never undone: the gate refuses them, and a bomb stays as small as it came.
 - A client that stops reading its answer is dropped, which cancels the handler, and so the generation behind it. The socket's
-  own buffer is kept small, or a whole answer would fit into it and nobody would ever notice.
+  own buffer is kept small, or an answer would fit into it and nobody would ever notice; what the client's side takes counts as read.
 """
 
 from __future__ import annotations

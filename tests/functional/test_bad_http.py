@@ -113,12 +113,16 @@ FIELDS = {
 }  # fmt: skip
 
 
+ROUTES: dict[str, dict[str, Any]] = {CHAT: {"messages": HELLO}}
+
+
 @pytest.mark.parametrize("field", FIELDS)
-def test_r25_a_field_that_cannot_be_is_refused_by_name(server: Server, field: str) -> None:
+@pytest.mark.parametrize("route", ROUTES)
+def test_r25_a_field_that_cannot_be_is_refused_by_name(server: Server, route: str, field: str) -> None:
     for value in FIELDS[field]:
-        base = {"model": json.dumps(server.code), "messages": json.dumps(HELLO)} | {field: value}
+        base = {name: json.dumps(given) for name, given in {"model": server.code, **ROUTES[route]}.items()} | {field: value}
         body = "{" + ",".join(f"{json.dumps(name)}:{text}" for name, text in base.items()) + "}"
-        refused(server.post(CHAT, body.encode()), 400, field)
+        refused(server.post(route, body.encode()), 400, field)
 
 
 @pytest.mark.parametrize("content", ['""', '" \\n\\t"', "null", "[]", '[{"type": "text", "text": ""}]'])
