@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Request, Usage
+from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Provider, Request, Usage
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.kubo import KuboProcess
 from daemon.ipfs.node import KuboNode
@@ -81,7 +81,7 @@ class Node:
     http: aiohttp.ClientSession
     door_url: str
     held: list[Offer]
-    served: dict[str, Script]
+    served: dict[str, Provider]
     supervisor: Supervisor
     kubo: KuboProcess | None = None
     ipfs: IpfsNode | None = None
@@ -91,9 +91,9 @@ class Node:
         self.held.append(Offer(self.key, cid, None, None, None, name, 1000, False, seeders=seeders))
         self.announcer.changed()
 
-    def serves(self, script: Script, cid: str = CID, name: str = "a model", seeders: int = 1) -> None:
+    def serves(self, script: Provider, cid: str = CID, name: str = "a model", seeders: int = 1, size: int = 1000) -> None:
         self.held = [offer for offer in self.held if offer.cid != cid]
-        self.held.append(Offer(self.key, cid, None, None, None, name, 1000, True, free_slots=1, seeders=seeders))
+        self.held.append(Offer(self.key, cid, None, None, None, name, size, True, free_slots=1, seeders=seeders))
         self.served[cid] = script
         self.announcer.changed()
 
