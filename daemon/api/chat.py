@@ -36,18 +36,18 @@ class Asked:
 
 
 async def whole_chat(request: web.Request) -> web.StreamResponse:
-    asked = _parse(await body.fields(request, body.CHAT), streams=False)
+    asked = parse(await body.fields(request, body.CHAT))
     return web.json_response(await _whole(request, asked))
 
 
 async def relay_chat(request: web.Request) -> web.StreamResponse:
-    asked = _parse(await body.fields(request, body.CHAT), streams=True)
+    asked = parse(await body.fields(request, body.CHAT), streams=True)
     if asked.stream:
         return await sse.stream(request, _events(request, asked))
     return web.json_response(await _whole(request, asked))
 
 
-def _parse(fields: Fields, *, streams: bool) -> Asked:
+def parse(fields: Fields, *, streams: bool = False) -> Asked:
     """`streams` marks the route that may choose the model and stream. Raises `UsageError`."""
     session = fields.text("sessionId")
     optional = streams or session is not None

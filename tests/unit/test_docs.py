@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
+import pytest
 
-from daemon.api.openai.requests import IGNORED, NEUTRAL
+from daemon.api import chat, metrics
+from daemon.api.body import Fields
+from daemon.api.openai import requests
 from daemon.config import settings
 from swarmctl.cli import MODULE_OF, cli
 from tests.functional.api_server import World
@@ -60,9 +64,38 @@ async def test_every_route_is_documented_and_every_documented_one_exists() -> No
     assert set(re.findall(r"^\| `([A-Z]+ /[^`]+)`", HTTP, re.MULTILINE)) == routes
 
 
-def test_every_field_of_a_chat_is_documented() -> None:
-    for name in (*IGNORED, *NEUTRAL):
-        assert f"`{name}`" in HTTP
+class Recorded(Fields):
+    """Notes every field that a parser looks for."""
+
+    def __init__(self, values: dict[str, Any], within: str = "") -> None:
+        super().__init__(values, within)
+        self.asked: set[str] = set()
+
+    def take(self, name: str) -> Any:
+        self.asked.add(name)
+        return super().take(name)
+
+
+@pytest.mark.parametrize(
+    ("parse", "given"),
+    [
+        (requests.chat, {"messages": [{"role": "user", "content": "hi"}]}),
+        (requests.completion, {"prompt": "hi"}),
+        (requests.embeddings, {"input": "hi"}),
+        (chat.parse, {"messages": [{"role": "user", "content": "hi"}], "modelId": "m"}),
+    ],
+)
+def test_every_field_of_a_question_is_documented(parse: Callable[[Fields], object], given: dict[str, Any]) -> None:
+    fields = Recorded({"model": "m", **given} if parse is not chat.parse else given)
+    parse(fields)
+    assert len(fields.asked) > 4
+    for name in fields.asked:
+        assert re.search(rf"[`{{ ]{name}[`?,}}]", HTTP), name
+
+
+def test_every_metric_is_documented() -> None:
+    for name in re.findall(r'_family\("(\w+)"', Path(metrics.__file__).read_text(encoding="utf-8")):
+        assert f"`{name}`" in HTTP, name
 
 
 def test_every_setting_is_documented_with_its_default() -> None:
