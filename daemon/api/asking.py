@@ -19,6 +19,8 @@ from daemon.engine.interface import Delta, FinishReason, Request, Usage
 from daemon.errors import Unserved
 
 TOGETHER: Final = 8  # answers to one caller that come at the same time; the rest of them waits here, not in a model's queue
+MAX_ANSWER: Final = 16 << 20  # characters; what a peer may send before it is taken for one that never ends
+_CANDIDATE: Final = 64  # characters that each candidate of the logprobs counts for
 _AHEAD: Final = 64  # pieces that wait for a slow caller
 
 Part = tuple[int, Delta]  # which question, and a piece of its answer
@@ -34,8 +36,14 @@ class Reply:
     last: float | None = None
     finish: FinishReason | None = None
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
+    size: int = 0
 
     def note(self, delta: Delta) -> None:
+        """Raises `Unserved` when the answer is larger than any model's."""
+        self.size += len(delta.text) + sum(len(call.arguments) for call in delta.tool_calls)
+        self.size += sum(1 + len(token.likeliest) for token in delta.logprobs) * _CANDIDATE
+        if self.size > MAX_ANSWER:
+            raise Unserved("answer", f"it has more than {MAX_ANSWER} characters and no end", "ask for fewer tokens")
         if delta.text or delta.tool_calls:
             self.last = time.monotonic()
             self.first = self.first or self.last

@@ -38,7 +38,7 @@ class Taken(UsageError):
 
 @dataclass
 class Session:
-    """`model` is a full code, None until the first answer when it was not chosen. Times are unix seconds."""
+    """`model` is a code, None until the first answer when it was not chosen. Times are unix seconds."""
 
     id: str
     model: str | None
@@ -157,7 +157,7 @@ class Question:
         self.messages = messages
 
     def answered(self, text: str, model: str) -> None:
-        """Keep question and answer; `model` is the full code of who answered, with whom the conversation goes on.
+        """Keep question and answer; `model` is the code of what answered, with which the conversation goes on.
 
         An answer has its room in any case: the next question is what no longer fits.
         """

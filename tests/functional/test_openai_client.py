@@ -15,6 +15,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from daemon.api import asking
 from daemon.engine.interface import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling, ServeOptions
 from tests.functional.api_server import CID, CID2, MODEL, OTHER, TOKEN, World, running
 
@@ -305,6 +306,13 @@ async def test_a_node_that_forgets_a_vector_is_not_believed(ai: openai.AsyncOpen
     monkeypatch.setattr(world.answers, "embed", lambda model, request: whole(model, EmbeddingRequest(request.inputs[1:])))
     with pytest.raises(openai.InternalServerError):
         await ai.embeddings.create(model="tiny", input=["a", "b"])
+
+
+async def test_a_node_whose_answer_never_ends_is_given_up(ai: openai.AsyncOpenAI, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "MAX_ANSWER", 1 << 20)
+    with pytest.raises(openai.InternalServerError, match="no end"):
+        await ai.chat.completions.create(model="tiny", messages=said("flood"))
+    assert world.answers.closed.is_set()
 
 
 # -- errors -------------------------------------------------------------------------------------------------------------
