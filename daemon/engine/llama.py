@@ -1,57 +1,123 @@
-"""One model and one context of llama.cpp behind plain Python values: the only file that calls its C functions.
+"""One model and its contexts of llama.cpp behind plain Python values: the only file that calls its C functions.
 
-What aborts the process if done wrong (facts/inference.md) is kept in here: no batch is larger than `n_batch`, samplers
-are checked for NULL, only rows that asked for logits are sampled, and all calls come from one thread.
+What aborts the process if done wrong (facts/inference.md) is kept in here: no batch is larger than `n_batch`, no more rows have
+logits than there is room for, only rows that asked for them are read, and all calls come from one thread.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Final
 
 import llama_cpp as C
+import numpy as np
+from numpy.typing import NDArray
 
-from daemon.engine.interface import Sampling
+from daemon.engine.lookup import MOST
 from daemon.engine.protocol import Load
+from daemon.engine.sampling import Logits
 
-BATCH: Final = 512  # tokens in one decode at most
 _CONTROL_OR_UNKNOWN: Final = 8 | 1  # llama_token_attr
+_DEBUG, _ERROR, _CONTINUED = 1, 4, 5  # ggml_log_level
+TEXTS: Final = 64  # sequences in one batch of texts to embed
+_UNKNOWN: Final = re.compile(r"unknown model architecture: '([^']{0,64})'")
+_PATH: Final = re.compile(r"'?[^\s']*/[^\s']*'?")
 
 Row = tuple[int, int, int, bool]  # token, position, sequence, wants logits
 
 
 class LlamaError(Exception):
-    """llama.cpp said no. The text is one line; more stands in the worker's log."""
+    """llama.cpp said no. The text is one line without paths; more stands in the worker's log."""
+
+
+class _Log:
+    """What llama.cpp says goes to stderr, and its last error is remembered: there is no other way to learn why it failed.
+
+    The C function must never be collected: llama.cpp would call what is no longer there, and die.
+    """
+
+    def __init__(self) -> None:
+        self.error = self.path = ""
+        self._level = _DEBUG
+        self.function = C.llama_log_callback(self._hear)
+
+    def _hear(self, level: int, text: bytes, _data: object) -> None:
+        self._level = self._level if level == _CONTINUED else level
+        # What comes after the architecture says less.
+        if level == _ERROR and (line := text.decode("utf-8", "replace").strip()) and not _UNKNOWN.search(self.error):
+            self.error = line
+        # Every decode has some lines for those who debug it, and the log would grow with each token.
+        if self._level > _DEBUG:
+            os.write(2, text)
+
+    def why(self, otherwise: str) -> str:
+        """The last error without the C function's name and without paths."""
+        if unknown := _UNKNOWN.search(self.error):
+            return f"this llama.cpp does not know the architecture {unknown[1]!a}"
+        said = _PATH.sub("...", self.error.partition(": ")[2].replace(self.path, "..."))
+        return f"llama.cpp {otherwise}" + (f": {' '.join(said.split())[:200]}" if said else "")
+
+
+_LOG: Final = _Log()
+
+
+def has_gpu() -> bool:
+    """Whether this build of llama.cpp can use one, and there is one."""
+    return bool(C.llama_supports_gpu_offload())
 
 
 class Llama:
-    """A loaded model with a KV cache of `context` cells that `slots` sequences share."""
+    """A loaded model with a KV cache of `context` cells that `slots` sequences share.
+
+    A model without a decoder has no such cache: it can only embed.
+    """
 
     def __init__(self, load: Load) -> None:
-        # Straight to stderr: a Python log callback that is collected too early aborts the process.
-        C.llama_log_set(C.llama_log_callback(), None)
+        _LOG.path = load["path"]
+        C.llama_log_set(_LOG.function, None)
         C.llama_backend_init()
+        self._threads = load["threads"]
         model_params = C.llama_model_default_params()
         model_params.n_gpu_layers = load["gpu_layers"]
-        self._model = C.llama_model_load_from_file(str(Path(load["path"])).encode(), model_params)
+        self._model = C.llama_model_load_from_file(load["path"].encode(), model_params)
         if not self._model:
-            raise LlamaError("llama.cpp refused the file; it may be damaged or of an architecture this release does not know")
+            raise LlamaError(_LOG.why("refused the file"))
         self._vocab = C.llama_model_get_vocab(self._model)
-        self._context = C.llama_init_from_model(self._model, _context_params(load))
-        if not self._context:
-            raise LlamaError("llama.cpp could not make the context; a smaller one may fit")
-        self._memory = C.llama_get_memory(self._context)
-        if not C.llama_model_has_decoder(self._model) or not self._memory:
-            raise LlamaError("this is no model that writes text")
-        self._batch = C.llama_batch_init(BATCH, 0, 1)
-        self._pieces: dict[int, bytes] = {}
-        self.context = int(C.llama_n_ctx(self._context))
         self.vocabulary = int(C.llama_vocab_n_tokens(self._vocab))
+        if C.llama_model_has_encoder(self._model) and C.llama_model_has_decoder(self._model):
+            raise LlamaError("it translates from an encoder to a decoder, which is not supported")
+        # Guesses need logits too. Room for logits of all rows would cost 514 instead of 34 MiB.
+        self.outputs = load["slots"] + MOST
+        self._pieces: dict[int, bytes] = {}
+        self._embedder: _Embedder | None = None
+        self._context = self._open(load)
+        self._memory = C.llama_get_memory(self._context)
+        self.writes = bool(C.llama_model_has_decoder(self._model) and self._memory)
+        self.batch = int(C.llama_n_batch(self._context))
+        self.longest_text = min(self.batch, int(C.llama_model_n_ctx_train(self._model)))
+        self.context = int(C.llama_n_ctx(self._context)) if self.writes else self.longest_text
+        self._rows = _Batch(self.batch)
         # Recurrent state cannot be rolled back to the middle of a sequence.
         self.can_roll_back = not (C.llama_model_is_recurrent(self._model) or C.llama_model_is_hybrid(self._model))
+
+    def _open(self, load: Load) -> int:
+        params = C.llama_context_default_params()
+        params.n_ctx = load["context"]
+        # Every answer that runs needs a row in each batch.
+        params.n_batch = params.n_ubatch = max(load["batch"], self.outputs)
+        params.n_seq_max = load["slots"]
+        params.n_outputs_max = self.outputs
+        params.n_threads = params.n_threads_batch = load["threads"]
+        params.kv_unified = True  # split caches stop batching when sequence ids have gaps
+        params.swa_full = True  # otherwise prefixes of sliding-window models cannot be reused
+        params.no_perf = True
+        context = C.llama_init_from_model(self._model, params)
+        if not context:
+            raise LlamaError(_LOG.why("could not make the context; a smaller one may fit"))
+        return int(context)
 
     # --- the vocabulary ---
 
@@ -70,12 +136,12 @@ class Llama:
         texts = sorted({text for token in tokens if (text := self._text(token))}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, texts))) if texts else None
 
-    def tokenise(self, text: str, control: bool) -> list[int]:
-        """Tokens of `text`; `control` says whether the texts of control tokens count as such."""
+    def tokenise(self, text: str, control: bool, whole: bool = False) -> list[int]:
+        """Tokens of `text`. `control`: the texts of control tokens count as such; `whole`: with what the model wants around a text."""
         raw = text.encode("utf-8", "replace")
         room = len(raw) + 16
         tokens = (C.llama_token * room)()
-        count = C.llama_tokenize(self._vocab, raw, len(raw), tokens, room, False, control)
+        count = C.llama_tokenize(self._vocab, raw, len(raw), tokens, room, whole, control)
         if count < 0:
             raise LlamaError("the text cannot be tokenised")
         return list(tokens[:count])
@@ -103,21 +169,17 @@ class Llama:
     # --- the KV cache ---
 
     def decode(self, rows: Sequence[Row]) -> bool:
-        """Run up to `BATCH` rows; False when the KV cache has no room for them (nothing has changed then)."""
-        if not 0 < len(rows) <= BATCH:
-            raise ValueError(f"a batch of {len(rows)} rows")
-        batch = self._batch
-        for i, (token, position, sequence, logits) in enumerate(rows):
-            batch.token[i] = token
-            batch.pos[i] = position
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = sequence
-            batch.logits[i] = logits
-        batch.n_tokens = len(rows)
-        result = C.llama_decode(self._context, batch)
+        """Run up to `batch` rows, of which `outputs` have logits; False when the KV cache has no room (nothing has changed then)."""
+        if sum(row[3] for row in rows) > self.outputs:
+            raise ValueError("too many rows with logits")
+        result = C.llama_decode(self._context, self._rows.fill(rows))
         if result not in (0, 1):
             raise LlamaError(f"llama.cpp could not decode (error {result})")
         return bool(result == 0)
+
+    def logits(self, row: int) -> Logits:
+        """What the model says after row `row` of the last batch, which must have asked for it. Valid until the next `decode`."""
+        return _floats(C.llama_get_logits_ith(self._context, row), self.vocabulary)
 
     def forget(self, sequence: int, position: int) -> bool:
         """Drop what `sequence` holds from `position` on; False when only all of it can be dropped (nothing has changed then)."""
@@ -133,59 +195,82 @@ class Llama:
         C.llama_memory_seq_cp(self._memory, source, target, 0, end)
 
     def set_threads(self, count: int) -> None:
+        self._threads = count
+        C.llama_set_n_threads(self._context, count, count)
+        if self._embedder is not None:
+            self._embedder.set_threads(count)
+
+    # --- embeddings ---
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """One vector of length 1 for each text, in one decode: at most `TEXTS` texts and `batch` tokens together."""
+        if self._embedder is None:
+            self._embedder = _Embedder(self._model, self.batch, self._threads)
+        return self._embedder.embed(texts)
+
+
+class _Embedder:
+    """A second context on the same model, because one context either writes or embeds. Made when it is first needed."""
+
+    def __init__(self, model: int, batch: int, threads: int) -> None:
+        self._rows = _Batch(batch)
+        params = C.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = batch  # a text that is pooled must be in one batch
+        params.n_seq_max = TEXTS
+        params.n_threads = params.n_threads_batch = threads
+        params.embeddings = params.kv_unified = params.swa_full = params.no_perf = True
+        self._context = C.llama_init_from_model(model, params)
+        if self._context and C.llama_pooling_type(self._context) == C.LLAMA_POOLING_TYPE_NONE:
+            C.llama_free(self._context)
+            params.pooling_type = C.LLAMA_POOLING_TYPE_MEAN
+            self._context = C.llama_init_from_model(model, params)
+        if not self._context:
+            raise LlamaError(_LOG.why("could not make a context for embeddings"))
+        self._memory = C.llama_get_memory(self._context)
+        self._size = int(C.llama_model_n_embd_out(model))
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        if len(texts) > TEXTS:
+            raise ValueError(f"{len(texts)} texts in one batch")
+        rows = [(token, at, sequence, True) for sequence, text in enumerate(texts) for at, token in enumerate(text)]
+        result = C.llama_decode(self._context, self._rows.fill(rows))
+        if result:
+            raise LlamaError(f"llama.cpp could not decode (error {result})")
+        found = [_floats(C.llama_get_embeddings_seq(self._context, sequence), self._size).copy() for sequence in range(len(texts))]
+        if self._memory:
+            C.llama_memory_clear(self._memory, True)
+        return [vector / max(float(np.linalg.norm(vector)), 1e-12) for vector in found]
+
+    def set_threads(self, count: int) -> None:
         C.llama_set_n_threads(self._context, count, count)
 
-    def sampler(self, sampling: Sampling, seed: int) -> Sampler:
-        return Sampler(self._context, list(_stages(sampling, seed, self.vocabulary, self.context)))
+
+class _Batch:
+    """A `llama_batch` of fixed size, filled through NumPy: one sequence per row never changes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._batch = C.llama_batch_init(size, 0, 1)
+        view = np.ctypeslib.as_array
+        self._tokens, self._positions = view(self._batch.token, (size,)), view(self._batch.pos, (size,))
+        self._logits = view(self._batch.logits, (size,))
+        view(self._batch.n_seq_id, (size,))[:] = 1
+
+    def fill(self, rows: Sequence[Row]) -> C.llama_batch:
+        count = len(rows)
+        if not 0 < count <= self._size:
+            raise ValueError(f"a batch of {count} rows")
+        tokens, positions, sequences, logits = zip(*rows, strict=True)
+        self._tokens[:count], self._positions[:count], self._logits[:count] = tokens, positions, logits
+        for i, sequence in enumerate(sequences):
+            self._batch.seq_id[i][0] = sequence
+        self._batch.n_tokens = count
+        return self._batch
 
 
-class Sampler:
-    """How one answer draws its tokens; it remembers what it drew, for the penalties."""
-
-    def __init__(self, context: int, stages: Sequence[int | None]) -> None:
-        self._context = context
-        self._chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
-        for stage in stages:
-            if not stage:
-                raise LlamaError("llama.cpp refused the sampling parameters")
-            C.llama_sampler_chain_add(self._chain, stage)
-
-    def draw(self, row: int) -> int:
-        """The next token after row `row` of the last batch, which must have asked for logits."""
-        return int(C.llama_sampler_sample(self._chain, self._context, row))
-
-    def close(self) -> None:
-        if self._chain:
-            C.llama_sampler_free(self._chain)
-            self._chain = None
-
-
-def _stages(sampling: Sampling, seed: int, vocabulary: int, context: int) -> Iterator[int | None]:
-    """In the order of llama.cpp's own server: penalties, top_k, top_p, min_p, temperature, draw."""
-    if sampling.repeat_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty:
-        repeat, frequency, presence = sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
-        yield C.llama_sampler_init_penalties(vocabulary, context, repeat, frequency, presence)
-    if sampling.temperature <= 0:
-        yield C.llama_sampler_init_greedy()
-        return
-    if sampling.top_k > 0:
-        yield C.llama_sampler_init_top_k(min(sampling.top_k, vocabulary))
-    if sampling.top_p < 1:
-        yield C.llama_sampler_init_top_p(sampling.top_p, 1)
-    if sampling.min_p > 0:
-        yield C.llama_sampler_init_min_p(sampling.min_p, 1)
-    yield C.llama_sampler_init_temp(sampling.temperature)
-    yield C.llama_sampler_init_dist(seed)
-
-
-def _context_params(load: Load) -> C.llama_context_params:
-    params = C.llama_context_default_params()
-    params.n_ctx = load["context"]
-    params.n_batch = params.n_ubatch = BATCH
-    params.n_seq_max = load["slots"]
-    params.n_outputs_max = load["slots"]  # cuts the compute buffer from 514 to 34 MiB
-    params.n_threads = params.n_threads_batch = load["threads"]
-    params.kv_unified = True  # split caches stop batching when sequence ids have gaps
-    params.swa_full = True  # otherwise prefixes of sliding-window models cannot be reused
-    params.no_perf = True
-    return params
+def _floats(pointer: ctypes._Pointer[ctypes.c_float], count: int) -> NDArray[np.float32]:
+    """A view of C memory."""
+    if not pointer:
+        raise LlamaError("llama.cpp computed nothing for a row")
+    address = ctypes.addressof(pointer.contents)
+    return np.frombuffer(memoryview((ctypes.c_float * count).from_address(address)), np.float32)

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -29,10 +29,15 @@ _ENVIRONMENT: Final = (
 _CAUSES: Final[dict[int, str]] = {signal.SIGKILL: " (out of memory?)", signal.SIGVTALRM: " (its chat template ran for too long)"}
 # What a worker may say of a request.
 _ERRORS: Final[dict[str, type[SwarmError]]] = {cls.__name__: cls for cls in (UsageError, ContextOverflow, InferenceError)}
+_WANTED: Final[dict[str, Capability]] = {"chat": "chat", "completion": "completions", "embedding": "embeddings"}
 _REBUILD: Final = (
     "rebuild llama-cpp-python for this machine: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16' "
     "-DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'\" pip install --force-reinstall --no-cache-dir llama-cpp-python"
 )
+
+
+class GpuLoadError(ModelLoadError):
+    """It failed while llama.cpp was given a GPU; without one it may work."""
 
 
 class WorkerProcess:
@@ -45,6 +50,7 @@ class WorkerProcess:
         self._inboxes: dict[int, asyncio.Queue[Message]] = {}
         self._next_id = 0
         self._stage = "start"
+        self._on_gpu = False  # llama.cpp is loading and was built for a GPU
         self._ready: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._gone: str | None = None
         self._stopping = False
@@ -84,28 +90,37 @@ class WorkerProcess:
         return self._process.pid
 
     @property
+    def gone(self) -> str | None:
+        """Why it has ended; None while it runs."""
+        return self._gone
+
+    @property
     def active(self) -> int:
         """Requests that run or wait."""
         return len(self._inboxes)
 
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """See `Provider`. Closing the iterator cancels the answer at its next token."""
-        async with aclosing(self._ask(codec.dump_request(request))) as replies:
+        async with aclosing(self._ask(request)) as replies:
             async for reply in replies:
-                delta = codec.load_delta(reply["delta"])
+                delta = codec.load_delta(reply)
                 yield delta
                 if delta.finish is not None:
                     return
 
     async def embed(self, request: EmbeddingRequest) -> Embeddings:
         """See `Provider`."""
-        async with aclosing(self._ask(codec.dump_request(request))) as replies:
+        async with aclosing(self._ask(request)) as replies:
             return codec.load_embeddings((await anext(replies))["embeddings"])
 
-    async def _ask(self, request: codec.Json) -> AsyncGenerator[Message, None]:
+    async def _ask(self, request: Request | EmbeddingRequest) -> AsyncGenerator[Message, None]:
         """What the worker says to one request, without end. Closing it cancels the request if the worker still works on it."""
         if self._gone is not None:
             raise InferenceError("the model", self._gone, "serve it again")
+        told = codec.dump_request(request)
+        if (wanted := _WANTED[told["kind"]]) not in self.capabilities:
+            able = " and ".join(sorted(self.capabilities))
+            raise UsageError("the model", f"it cannot do {wanted}, only {able}", "choose another model")
         if self.active >= self.slots + self._queue:
             raise Busy("the model", f"{self.active} chats are running or waiting already", "try again in a moment")
         self._next_id += 1
@@ -113,7 +128,7 @@ class WorkerProcess:
         self._inboxes[request_id] = inbox
         self.on_activity()
         try:
-            await self._send({"type": "ask", "id": request_id, "request": request})
+            await self._send({"type": "ask", "id": request_id, "request": told})
             while True:
                 yield _result(await inbox.get())
         finally:
@@ -160,13 +175,13 @@ class WorkerProcess:
             ready = await asyncio.wait_for(self._ready, timeout)
         except TimeoutError:
             raise ModelLoadError("the model", f"it was not loaded within {timeout:g} s", "try again when the disk is less busy") from None
-        if ready["type"] == "failed":
-            raise ModelLoadError("the model", ready["why"], "the worker's log in the data folder tells more")
-        if ready["type"] == "gone":
+        if ready["type"] in ("failed", "gone"):
             hint = _REBUILD if self._bad_build() else "the worker's log in the data folder tells more"
-            raise ModelLoadError("the model", ready["why"], hint)
+            kind = GpuLoadError if self._on_gpu and load["gpu_layers"] else ModelLoadError
+            raise kind("the model", ready["why"], hint)
         self.context, self.slots = ready["context"], ready["slots"]
         self.tokens_per_second, self.offline = ready["tokens_per_second"], ready["offline"]
+        self.capabilities = frozenset(ready["capabilities"])
 
     def _bad_build(self) -> bool:
         return self._stage in ("load", "warm-up") and self._process.returncode in (-signal.SIGSEGV, -signal.SIGILL)
@@ -188,17 +203,25 @@ class WorkerProcess:
             self._ready.set_result(gone)
         for inbox in self._inboxes.values():
             inbox.put_nowait(gone)
-        await asyncio.to_thread(shutil.rmtree, self._folder, True)
         if not self._stopping:
             self.on_gone(self._gone)
+        await asyncio.to_thread(shutil.rmtree, self._folder, True)
 
     def _dispatch(self, message: Message) -> None:
         if message["type"] == "stage":
-            self._stage = message["stage"]
+            self._stage, self._on_gpu = message["stage"], message.get("gpu", False)
         elif message["type"] in ("ready", "failed"):
             if not self._ready.done():
                 self._ready.set_result(message)
-        elif (inbox := self._inboxes.get(message["id"])) is not None:  # a cancelled chat may still have said something
+        elif message["type"] == "deltas":
+            for request_id, delta in message["deltas"]:
+                self._deliver(request_id, delta)
+        else:
+            self._deliver(message["id"], message)
+
+    def _deliver(self, request_id: int, message: Message) -> None:
+        inbox = self._inboxes.get(request_id)
+        if inbox is not None:  # a cancelled request may still have been answered
             inbox.put_nowait(message)
 
     def _why(self, code: int) -> str:
@@ -211,10 +234,10 @@ class WorkerProcess:
 
 
 def _result(message: Message) -> Message:
-    """What the worker said about a request. Raises what it says went wrong."""
-    if message["type"] == "error":
+    """A delta or a frame that the worker sent about a request. Raises what it says went wrong."""
+    if message.get("type") == "error":
         raise _ERRORS[message["kind"]](message["what"], message["why"], message["hint"])
-    if message["type"] == "gone":
+    if message.get("type") == "gone":
         raise InferenceError("the answer", f"cut off: {message['why']}", "ask again")
     return message
 

@@ -1,8 +1,9 @@
 """What the daemon and a worker say to each other: JSON objects behind a 4-byte big-endian length, over two pipes.
 
 To the worker: `load` (first, once), then `ask`, `cancel`, `threads`. The worker ends when its pipe does.
-From the worker: `stage` while it loads, then `ready` or `failed`; then for each request `delta` (the last has a finish),
-`embeddings` or `error`. Requests and answers stand in them as daemon/engine/codec.py writes them.
+From the worker: `stage` while it loads, then `ready` or `failed`; then `deltas` (pairs of a request and what came of it in one
+step; its last one has a finish), and for single requests `embeddings` or `error`. Requests and answers stand in them as
+daemon/engine/codec.py writes them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Load(TypedDict):
     context: int
     slots: int
     threads: int
+    batch: int
     gpu_layers: int
     template: str | None
 

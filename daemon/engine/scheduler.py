@@ -1,9 +1,10 @@
 """Continuous batching: which tokens of which chats go into the next decode.
 
 - A chat waits until a slot is free and the KV cache has room for its prompt and a little more; first come, first in.
-- Every step takes one token of each running answer first, then shares what is left among the prompts being read. While
-  answers run, a step reads at most `PREFILL` prompt tokens, so that a long prompt does not stall them.
-- A slot keeps what it computed. The next chat starts after the longest prefix that any slot has in common with it.
+- Every step takes the newest token of each running answer first, with guesses behind it where they pay (lookup.py), then shares
+  what is left among the prompts being read. While answers run, a step reads at most `PREFILL` prompt tokens, so that a long
+  prompt does not stall them.
+- Prefixes are kept, shared and waited for: see slots.py.
 - When the cache is full all the same: idle prefixes go first, oldest first; then the youngest chat goes back to the queue
   and is computed again later; a chat that is alone ends with "length".
 - Chats are cancelled between steps: aborting a decode would hit all of them.
@@ -12,212 +13,161 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Final, Literal
+from dataclasses import dataclass
+from typing import Final
 
-from daemon.engine.llama import BATCH, Llama, LlamaError, Row, Sampler
-from daemon.engine.text import AnswerText
+from daemon.engine.answering import Chat, Finish, Unanswerable
+from daemon.engine.llama import Llama, LlamaError, Row
+from daemon.engine.lookup import price
+from daemon.engine.slots import Slot, Slots
 
 PREFILL: Final = 128  # prompt tokens per step while answers run: 289 ms instead of 850 ms of stall on a 1500-token prompt
 _HEADROOM: Final = 64  # tokens of answer that must fit before a chat is let in
 
-Finish = Literal["stop", "length"]
 
+@dataclass(slots=True)
+class _Part:
+    """What one chat has in a decode."""
 
-@dataclass(slots=True, eq=False)
-class Chat:
-    """One request. `tokens` is the prompt and, behind it, the answer so far."""
-
-    id: int
-    tokens: list[int]
-    prompt: int  # how many of them are the prompt
-    limit: int  # answer tokens at most
-    sampler: Sampler
-    text: AnswerText
-    on_text: Callable[[str], None]
-    on_end: Callable[[Finish, int, int], None]  # finish, prompt tokens, answer tokens
-    slot: Slot | None = None
-    read: int = 0  # tokens that are in the KV cache
-
-    @property
-    def answered(self) -> int:
-        return len(self.tokens) - self.prompt
-
-    @property
-    def unread(self) -> int:
-        return len(self.tokens) - self.read
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One sequence of the KV cache, and the tokens it holds."""
-
-    sequence: int
-    held: list[int] = field(default_factory=list)
-    chat: Chat | None = None
-    used: int = 0  # step of last use
+    slot: Slot
+    chat: Chat
+    tokens: list[int]  # decoded now: what the chat has, and guesses behind it
+    outputs: list[int]  # rows of the batch that have logits: behind the newest token, and behind each guess
 
 
 class Scheduler:
     """Owns the context; every method is called from the one thread that decodes."""
 
-    def __init__(self, llama: Llama, slots: int) -> None:
+    def __init__(self, llama: Llama, slots: int, row_cost: float) -> None:
+        """`row_cost`: see `price`."""
         self._llama = llama
-        self._slots = [Slot(sequence) for sequence in range(slots)]
+        self._slots = Slots(llama, slots)
+        self._row_cost = row_cost
         self._waiting: deque[Chat] = deque()
         self._step = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting) or any(slot.chat for slot in self._slots)
+        return bool(self._waiting) or bool(self._slots.running)
 
     def submit(self, chat: Chat) -> None:
         self._waiting.append(chat)
 
     def cancel(self, chat_id: int) -> None:
         """Forget a chat, whether it waits or runs; nothing when it has ended already."""
-        for chat in [*self._waiting, *self._running()]:
-            if chat.id == chat_id:
-                self._release(chat)
-                chat.sampler.close()
+        self._waiting = deque(chat for chat in self._waiting if chat.id != chat_id)
+        for slot in self._slots.running:
+            if slot.chat and slot.chat.id == chat_id:
+                self._slots.release(slot)
 
     def step(self) -> None:
         """One decode, and what follows from it. Raises `LlamaError` when the context is no longer usable."""
         self._step += 1
         self._admit()
-        rows, ready = self._compose()
+        rows, parts = self._compose(guessing=self._llama.can_roll_back)
         while rows and not self._llama.decode(rows):
             self._make_room()
-            rows, ready = self._compose()
-        for chat in self._running():
-            taken = [row[0] for row in rows if chat.slot and row[2] == chat.slot.sequence]
-            self._keep(chat, taken)
-        for row, chat in ready:
-            self._draw(chat, row)
-
-    def _running(self) -> list[Chat]:
-        return [slot.chat for slot in self._slots if slot.chat]
-
-    # --- who is let in, and where ---
+            rows, parts = self._compose(guessing=False)
+        for part in parts:
+            self._draw(part)
 
     def _admit(self) -> None:
-        while self._waiting:
-            idle = [slot for slot in self._slots if not slot.chat]
+        while self._waiting and self._slots.idle:
             chat = self._waiting[0]
-            running = self._running()
-            needed = sum(len(other.tokens) for other in running) + len(chat.tokens) + min(_HEADROOM, chat.limit - chat.answered)
-            if not idle or (running and needed > self._llama.context):
-                return
-            self._place(self._waiting.popleft(), idle)
-
-    def _place(self, chat: Chat, idle: list[Slot]) -> None:
-        """Give `chat` the slot that saves most work."""
-        wanted = len(chat.tokens) - 1  # the last token must be decoded for its logits
-        best = max(self._slots, key=lambda slot: _common(slot.held, chat.tokens, wanted))
-        common = _common(best.held, chat.tokens, wanted)
-        # A long conversation in the cache is not cut down to a short greeting while another slot is idle.
-        worth = [slot for slot in idle if slot is not best] if 0 < 2 * common < len(best.held) else idle
-        in_place = best in worth and common > 0
-        target = best if in_place else min(worth or idle, key=lambda slot: (len(slot.held) > 0, slot.used))
-        if target is best:
-            if not self._llama.forget(target.sequence, common):
-                common = 0
-                self._llama.forget(target.sequence, 0)
-        else:
-            self._llama.forget(target.sequence, 0)
-            common = common if self._llama.can_roll_back else 0
-            if common:
-                self._llama.share(best.sequence, target.sequence, common)
-        target.held = chat.tokens[:common]
-        target.chat, chat.slot, chat.read = chat, target, common
+            if self._slots.running:
+                room = self._llama.context - min(_HEADROOM, chat.limit - chat.answered)
+                if self._slots.needed(chat) > room:
+                    return
+            self._slots.place(self._waiting.popleft())
 
     # --- one step ---
 
-    def _compose(self) -> tuple[list[Row], list[tuple[int, Chat]]]:
-        """The rows of the next decode, and which of them the next tokens are drawn from."""
+    def _compose(self, guessing: bool) -> tuple[list[Row], list[_Part]]:
+        """The rows of the next decode, and whose they are."""
+        self._slots.follow()
+        running = [slot for slot in self._slots.running if slot.behind is None]
+        answering = [slot for slot in running if slot.unread == 1]
+        reading = sorted((slot for slot in running if slot.unread > 1), key=lambda slot: slot.unread)
+        budget = self._llama.batch - len(answering)
+        spare = min(self._llama.outputs - len(running), budget - len(reading))
         rows: list[Row] = []
-        ready: list[tuple[int, Chat]] = []
-        running = self._running()
-        answering = [chat for chat in running if chat.unread == 1]
-        reading = sorted((chat for chat in running if chat.unread > 1), key=lambda chat: chat.unread)
-        budget = min(PREFILL, BATCH - len(answering)) if answering else BATCH
-        shares = {id(chat): 1 for chat in answering}
-        for place, chat in enumerate(reading):
-            share = min(chat.unread, budget // (len(reading) - place))
-            shares[id(chat)] = share
+        parts: list[_Part] = []
+        for slot in answering:
+            guessed = self._guess(slot, len(answering), spare) if guessing else []
+            spare -= len(guessed)
+            budget -= len(guessed)
+            self._add(slot, 1, guessed, rows, parts)
+        if answering:
+            budget = min(PREFILL, budget)
+        for place, slot in enumerate(reading):
+            share = min(slot.unread, budget // (len(reading) - place))
             budget -= share
-        for chat in [*answering, *reading]:
-            assert chat.slot is not None
-            last = len(chat.tokens) - 1
-            for position in range(chat.read, chat.read + shares[id(chat)]):
-                if position == last:
-                    ready.append((len(rows), chat))
-                rows.append((chat.tokens[position], position, chat.slot.sequence, position == last))
-        return rows, ready
+            if share:
+                self._add(slot, share, [], rows, parts)
+        return rows, parts
 
-    def _keep(self, chat: Chat, taken: list[int]) -> None:
-        assert chat.slot is not None
-        chat.slot.held += taken
-        chat.slot.used = self._step
-        chat.read += len(taken)
+    def _guess(self, slot: Slot, answers: int, spare: int) -> list[int]:
+        chat = slot.chat
+        assert chat is not None
+        guessed = chat.lookup.guess(price(answers, self._row_cost))
+        # Behind the last token of an answer comes nothing, whether its limit or the context ends it.
+        left = min(chat.limit - chat.answered, self._llama.context - len(chat.tokens)) - 1
+        return guessed[: max(0, min(spare, left))]
 
-    def _draw(self, chat: Chat, row: int) -> None:
-        token = chat.sampler.draw(row)
-        if self._llama.ends(token):
-            self._end(chat, "stop")
-            return
-        chat.tokens.append(token)
-        text = chat.text.push(self._llama.piece(token))
-        if text:
-            chat.on_text(text)
-        if chat.text.stopped:
-            self._end(chat, "stop")
-        elif chat.answered >= chat.limit or len(chat.tokens) >= self._llama.context:
-            self._end(chat, "length")
+    def _add(self, slot: Slot, count: int, guessed: list[int], rows: list[Row], parts: list[_Part]) -> None:
+        assert slot.chat is not None
+        tokens = slot.tokens[slot.read : slot.read + count] + guessed
+        newest = len(slot.tokens) - 1
+        first = len(rows)
+        rows += [(token, at, slot.sequence, at >= newest) for at, token in enumerate(tokens, slot.read)]
+        outputs = [first + i for i in range(len(tokens)) if slot.read + i >= newest]
+        parts.append(_Part(slot, slot.chat, tokens, outputs))
 
-    def _end(self, chat: Chat, finish: Finish) -> None:
-        rest = chat.text.finish()
-        if rest:
-            chat.on_text(rest)
-        self._release(chat)
-        chat.sampler.close()
-        chat.on_end("stop" if chat.text.stopped else finish, chat.prompt, chat.answered)
+    def _draw(self, part: _Part) -> None:
+        """Take tokens for as long as they are those that were decoded."""
+        slot, chat, decoded = part.slot, part.chat, part.tokens
+        valid = len(decoded) - max(0, len(part.outputs) - 1)  # those that are no guesses
+        finish: Finish | None = None
+        failure: str | None = None
+        for row in part.outputs:
+            before = len(chat.tokens)
+            try:
+                finish = chat.advance(self._llama.logits(row), self._llama)
+            except Unanswerable as error:
+                failure = str(error)
+            taken = len(chat.tokens) - before
+            right = valid < len(decoded) and taken > 0 and chat.tokens[before] == decoded[valid]
+            valid += right
+            if finish or failure or not right or taken > 1:
+                break
+        self._slots.keep(slot, len(decoded), valid, self._step)
+        if failure is not None:
+            self._slots.release(slot)
+            chat.on_error(failure)
+        elif finish is not None:
+            self._end(slot, chat, finish)
 
-    def _release(self, chat: Chat) -> None:
-        """Take `chat` off its slot or out of the queue; what the slot holds stays for the next one."""
-        if chat.slot:
-            chat.slot.chat = None
-            chat.slot = None
-        elif chat in self._waiting:
-            self._waiting.remove(chat)
+    def _end(self, slot: Slot, chat: Chat, finish: Finish) -> None:
+        text, logprobs = chat.finish()
+        if text or logprobs:
+            chat.on_text(text, logprobs)
+        self._slots.release(slot)
+        chat.on_end("stop" if chat.text.stopped else finish, chat.usage)
 
     def _make_room(self) -> None:
         """The KV cache is full: give up what costs least."""
-        idle = [slot for slot in self._slots if slot.held and not slot.chat]
-        running = self._running()
+        idle = [slot for slot in self._slots.idle if slot.read]
+        running = [slot for slot in self._slots.running if slot.read]
         if idle:
-            self._clear(min(idle, key=lambda slot: slot.used))
+            self._slots.clear(min(idle, key=lambda slot: slot.used))
         elif len(running) > 1:
-            youngest = max(running, key=lambda chat: chat.id)
-            slot = youngest.slot
-            assert slot is not None
-            self._release(youngest)
-            self._clear(slot)
-            self._waiting.appendleft(youngest)
-        elif running and running[0].answered:
-            self._end(running[0], "length")
+            youngest = max(running, key=lambda slot: slot.chat.id if slot.chat else 0)
+            chat = youngest.chat
+            assert chat is not None
+            self._slots.release(youngest)
+            self._slots.clear(youngest)
+            self._waiting.appendleft(chat)
+        elif running and running[0].chat and running[0].chat.answered:
+            self._end(running[0], running[0].chat, "length")
         else:
             raise LlamaError("the KV cache has no room for a prompt that should fit")
-
-    def _clear(self, slot: Slot) -> None:
-        self._llama.forget(slot.sequence, 0)
-        slot.held = []
-
-
-def _common(held: list[int], tokens: list[int], most: int) -> int:
-    """Length of the longest common prefix, at most `most`."""
-    end = min(len(held), most)
-    if held[:end] == tokens[:end]:
-        return end
-    return next(i for i in range(end) if held[i] != tokens[i])

@@ -12,135 +12,145 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
 
 from daemon.engine import codec
-from daemon.engine.chat import ChatTemplate, TemplateFailure, split
-from daemon.engine.interface import ChatRequest, Delta, EmbeddingRequest, Request, Usage
+from daemon.engine.chat import ChatTemplate, TemplateFailure
+from daemon.engine.interface import CAPABILITIES, Capability, ChatRequest, Delta, EmbeddingRequest, Embeddings, Request
 from daemon.engine.isolation import TimedOut, leave_network, limit_process, limited
+from daemon.engine.prompts import TEMPLATE_MEMORY, TEMPLATE_SECONDS, Prompts, Refused
 from daemon.engine.protocol import Load, Message, encode, read
-from daemon.engine.text import AnswerText
 from daemon.orphan import die_with_parent
+from registry.errors import Malformed
 
 if TYPE_CHECKING:
     from daemon.engine.llama import Llama
-    from daemon.engine.scheduler import Scheduler
 
-TEMPLATE_SECONDS: Final = 2.0
-TEMPLATE_MEMORY: Final = 256 << 20  # bytes
-_LONGEST_TOKEN: Final = 64  # characters; what is longer than this times the context cannot fit it
 _WARM_UP: Final = 32  # tokens; a batch and single tokens take different kernels, and both must work
 _TIMED: Final = 4
-_SHORTEN: Final = "shorten it or serve with more context"
-
-
-class _Refused(Exception):
-    """This request cannot be answered: an error of daemon/errors.py by name, then what, why, hint."""
+_ROWS: Final = 5
 
 
 class Worker:
-    """Answers chats with one loaded model until its input ends."""
+    """Answers requests with one loaded model until its input ends."""
 
-    def __init__(self, inbox: queue.SimpleQueue[Message], send: Callable[[Message], None], load: Load, template: ChatTemplate) -> None:
-        # Only now: libraries of the model's side start threads, and `leave_network` must come before any thread.
-        from daemon.engine.llama import Llama
+    def __init__(self, inbox: queue.SimpleQueue[Message], target: BinaryIO, load: Load, llama: Llama, template: ChatTemplate) -> None:
+        # Only now: NumPy and llama.cpp start threads, and `leave_network` must come before any thread.
+        from daemon.engine.embedding import EmbeddingQueue
+        from daemon.engine.llama import TEXTS
         from daemon.engine.scheduler import Scheduler
 
         self._inbox = inbox
-        self._send = send
-        self._template = template
-        self._llama: Llama = Llama(load)
-        self._special = self._llama.special()
-        self._control = self._llama.control_texts()
-        self._scheduler: Scheduler = Scheduler(self._llama, load["slots"])
+        self._target = target
+        self._llama = llama
+        self._stops = template.stops
+        self._prompts = Prompts(llama, template)
+        self._deltas: list[tuple[int, codec.Json]] = []
+        self.tokens_per_second, row_cost = warm_up(llama)
+        self._scheduler = Scheduler(llama, load["slots"], row_cost)
+        self._texts = EmbeddingQueue(llama, TEXTS)
 
     @property
-    def context(self) -> int:
-        return self._llama.context
-
-    def warm_up(self) -> float:
-        """Decode for the first time, where a build for another machine dies; tokens per second of one answer."""
-        token = self._llama.first_token() or 0
-        self._llama.decode([(token, i, 0, i == _WARM_UP - 1) for i in range(min(_WARM_UP, self.context - _TIMED - 1))])
-        self._llama.decode([(token, _WARM_UP, 0, True)])
-        start = time.perf_counter()
-        for i in range(_TIMED):
-            self._llama.decode([(token, _WARM_UP + 1 + i, 0, True)])
-        rate = _TIMED / (time.perf_counter() - start)
-        self._llama.forget(0, 0)
-        return rate
+    def capabilities(self) -> frozenset[Capability]:
+        return CAPABILITIES if self._llama.writes else frozenset({"embeddings"})
 
     def run(self) -> NoReturn:
         while True:
-            while not self._inbox.empty() or not self._scheduler.busy:
+            while not self._inbox.empty() or not (self._scheduler.busy or self._texts.busy):
                 self._take(self._inbox.get())
-            self._scheduler.step()
+            if self._texts.busy:
+                self._texts.step()
+            if self._scheduler.busy:
+                self._scheduler.step()
+            self._send()
 
     def _take(self, message: Message) -> None:
         if message["type"] == "ask":
             try:
                 self._begin(message["id"], codec.load_request(message["request"]))
-            except _Refused as error:
-                kind, what, why, hint = error.args
-                self._send({"type": "error", "id": message["id"], "kind": kind, "what": what, "why": why, "hint": hint})
+            except Refused as error:
+                self._refuse(message["id"], *error.args)
+            except Malformed as error:
+                self._refuse(message["id"], "UsageError", "the request", str(error), "")
         elif message["type"] == "cancel":
             self._scheduler.cancel(message["id"])
+            self._texts.cancel(message["id"])
         elif message["type"] == "threads":
             self._llama.set_threads(message["count"])
 
     def _begin(self, request_id: int, request: Request | EmbeddingRequest) -> None:
-        from daemon.engine.scheduler import Chat
+        from daemon.engine.answering import Chat
+        from daemon.engine.embedding import Texts
+        from daemon.engine.sampling import Sampler
+        from daemon.engine.text import AnswerText
 
-        if not isinstance(request, ChatRequest):
-            raise _Refused("UsageError", "the model", "it answers chats only", "")
+        def tell(delta: Delta) -> None:
+            self._deltas.append((request_id, codec.dump_delta(delta)))
+
+        if isinstance(request, EmbeddingRequest):
+            self._texts.submit(Texts(request_id, self._prompts.texts(request), lambda found: self._answer(request_id, found)))
+            return
         sampling = request.sampling
-        tokens = self._prompt(list(request.messages))
-        room = self.context - len(tokens)
-        if room < 1:
-            raise _Refused("ContextOverflow", "the conversation", f"it has {len(tokens)} tokens and the context {self.context}", _SHORTEN)
-        seed = int.from_bytes(os.urandom(4)) if sampling.seed is None else sampling.seed & 0xFFFFFFFF
-
-        def send(delta: Delta) -> None:
-            self._send({"type": "delta", "id": request_id, "delta": codec.dump_delta(delta)})
-
+        self._prompts.check("logit_bias", list(sampling.logit_bias))
+        tokens = self._prompts.read(request)
+        room = self._llama.context - len(tokens)
+        seed = int.from_bytes(os.urandom(8)) if sampling.seed is None else sampling.seed % 2**64
         self._scheduler.submit(
             Chat(
                 id=request_id,
                 tokens=tokens,
                 prompt=len(tokens),
                 limit=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
-                sampler=self._llama.sampler(sampling, seed),
-                text=AnswerText([*sampling.stop, *self._template.stops]),
-                on_text=lambda text: send(Delta(text=text)),
-                on_end=lambda finish, prompt, answered: send(Delta(finish=finish, usage=Usage(prompt, answered))),
+                sampler=Sampler(sampling, seed),
+                text=AnswerText([*sampling.stop, *(self._stops if isinstance(request, ChatRequest) else ())]),
+                on_text=lambda text, logprobs: tell(Delta(text=text, logprobs=logprobs)),
+                on_end=lambda finish, usage: tell(Delta(finish=finish, usage=usage)),
+                on_error=lambda why: self._refuse(request_id, "InferenceError", "the answer", why, "ask in another way"),
+                logprobs=sampling.logprobs,
             )
         )
 
-    def _prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        too_long = _Refused("ContextOverflow", "the conversation", f"it cannot fit the context of {self.context} tokens", _SHORTEN)
-        most = _LONGEST_TOKEN * self.context
-        if sum(len(message["content"]) for message in messages if isinstance(message.get("content"), str)) > most:
-            raise too_long
-        try:
-            with limited(TEMPLATE_SECONDS, TEMPLATE_MEMORY):
-                prompt = self._template.render(messages, self._special, self._control)
-        except TemplateFailure as error:
-            why, hint = str(error), "change the conversation or use another model"
-            raise _Refused("UsageError", "the model's chat template", why, hint) from None
-        except TimedOut:
-            why = f"it ran for more than {TEMPLATE_SECONDS:g} s"
-            raise _Refused("UsageError", "the model's chat template", why, "use another model") from None
-        if len(prompt) > most:
-            raise too_long
-        first = self._llama.first_token()
-        begin = self._special["bos_token"]
-        tokens = [] if first is None or (begin and prompt.startswith(begin)) else [first]
-        for text, control in split(prompt):
-            if text:
-                tokens += self._llama.tokenise(text, control)
-        if not tokens:
-            raise _Refused("UsageError", "the conversation", "it is empty", "say something")
-        return tokens
+    def _answer(self, request_id: int, found: Embeddings) -> None:
+        self._send(type="embeddings", id=request_id, embeddings=codec.dump_embeddings(found))
+
+    def _refuse(self, request_id: int, kind: str, what: str, why: str, hint: str) -> None:
+        self._send(type="error", id=request_id, kind=kind, what=what, why=why, hint=hint)
+
+    def _send(self, **message: object) -> None:
+        """What there is to tell, in the order in which it happened: the pieces of all answers are one frame per step."""
+        if self._deltas:
+            self._target.write(encode({"type": "deltas", "deltas": self._deltas}))
+            self._deltas = []
+        if message:
+            self._target.write(encode(message))
+        self._target.flush()
+
+
+def warm_up(llama: Llama) -> tuple[float, float]:
+    """Decode for the first time, where a build for another machine dies.
+
+    Tokens per second of one answer at a small context, and what one more row costs (see daemon/engine/lookup.py: `price`).
+    """
+    token = llama.first_token() or 0
+    if not llama.writes:
+        llama.embed([[token] * min(_WARM_UP, llama.longest_text)])
+        return 0.0, 1.0
+    at = 0
+
+    def timed(count: int, outputs: int) -> float:
+        nonlocal at
+        start = time.perf_counter()
+        llama.decode([(token, at + i, 0, i >= count - outputs) for i in range(count)])
+        llama.logits(count - 1)  # waits for a GPU too
+        at += count
+        return time.perf_counter() - start
+
+    timed(min(_WARM_UP, llama.context - _TIMED - 2 * _ROWS - 1), 1)
+    timed(1, 1)
+    one = [timed(1, 1) for _ in range(_TIMED)]
+    several = min(timed(_ROWS, _ROWS) for _ in range(2))
+    llama.forget(0, 0)
+    return _TIMED / sum(one), max(0.01, (several / min(one) - 1) / (_ROWS - 1))
 
 
 def main() -> NoReturn:
@@ -148,7 +158,7 @@ def main() -> NoReturn:
     limit_process()
     offline = leave_network()
     die_with_parent(int(sys.argv[1]))
-    from daemon.engine.llama import LlamaError  # see Worker.__init__
+    from daemon.engine.llama import Llama, LlamaError, has_gpu  # see Worker.__init__
 
     def send(message: Message) -> None:
         target.write(encode(message))
@@ -162,17 +172,18 @@ def main() -> NoReturn:
         with limited(TEMPLATE_SECONDS, TEMPLATE_MEMORY):
             template = ChatTemplate(load["template"])
             template.render([{"role": "user", "content": "hello"}], {"bos_token": "", "eos_token": ""}, None)
-        send({"type": "stage", "stage": "load"})
-        worker = Worker(inbox, send, load, template)
-        send({"type": "stage", "stage": "warm-up"})
-        rate = worker.warm_up()
+        send({"type": "stage", "stage": "load", "gpu": has_gpu()})
+        llama = Llama(load)
+        send({"type": "stage", "stage": "warm-up", "gpu": has_gpu()})
+        worker = Worker(inbox, target, load, llama, template)
     except TemplateFailure as error:
         _fail(send, f"its chat template cannot be used: {error}")
     except TimedOut:
         _fail(send, f"its chat template ran for more than {TEMPLATE_SECONDS:g} s")
     except LlamaError as error:
         _fail(send, str(error))
-    send({"type": "ready", "context": worker.context, "slots": load["slots"], "tokens_per_second": round(rate, 1), "offline": offline})
+    ready: Message = {"type": "ready", "context": llama.context, "slots": load["slots"], "offline": offline}
+    send({**ready, "tokens_per_second": round(worker.tokens_per_second, 1), "capabilities": sorted(worker.capabilities)})
     worker.run()
 
 

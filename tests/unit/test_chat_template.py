@@ -127,10 +127,10 @@ def test_any_split_into_tokens_gives_the_same_text(whole: str, sizes: list[int],
     data = whole.encode("utf-8", "replace")
     answer, shown, at = AnswerText(stops), "", 0
     for size in [*sizes, len(data)]:
-        shown += answer.push(data[at : at + size])
+        shown += answer.push(data[at : at + size])[0]
         at += size
         assert not any(stop in shown for stop in stops)
-    shown += answer.finish()
+    shown += answer.finish()[0]
     text = data.decode("utf-8")
     ends = [text.find(stop) for stop in stops if stop in text]
     if len(stops) <= 1:
@@ -141,19 +141,19 @@ def test_any_split_into_tokens_gives_the_same_text(whole: str, sizes: list[int],
 
 def test_a_character_over_several_tokens_comes_whole() -> None:
     answer = AnswerText(())
-    assert [answer.push(bytes([byte])) for byte in "🦙".encode()] == ["", "", "", "🦙"]
+    assert [answer.push(bytes([byte]))[0] for byte in "🦙".encode()] == ["", "", "", "🦙"]
 
 
 def test_half_a_character_at_the_end_is_shown_as_such() -> None:
     answer = AnswerText(())
-    assert answer.push("ab🦙".encode()[:4]) == "ab"
-    assert answer.finish() == "\ufffd"
+    assert answer.push("ab🦙".encode()[:4])[0] == "ab"
+    assert answer.finish()[0] == "\ufffd"
 
 
 def test_what_may_be_a_stop_string_waits() -> None:
     answer = AnswerText(("STOP", "END"))
-    assert answer.push(b"go ST") == "go "
-    assert answer.push(b"ILL EN") == "STILL "
-    assert answer.push(b"D of it") == ""
+    assert answer.push(b"go ST")[0] == "go "
+    assert answer.push(b"ILL EN")[0] == "STILL "
+    assert answer.push(b"D of it")[0] == ""
     assert answer.stopped
-    assert answer.push(b"more") == answer.finish() == ""
+    assert answer.push(b"more") == answer.finish() == ("", ())

@@ -1,0 +1,63 @@
+"""Texts that become vectors, a bounded decode at a time, so that answers go on in between."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daemon.engine.interface import Embeddings
+
+
+class Encoder(Protocol):
+    """What `daemon.engine.llama.Llama` does for texts."""
+
+    batch: int
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]: ...
+
+
+@dataclass(slots=True, eq=False)
+class Texts:
+    """One request: the tokens of its texts, none longer than a batch."""
+
+    id: int
+    texts: list[list[int]]
+    on_end: Callable[[Embeddings], None]
+    vectors: list[bytes] = field(default_factory=list)
+
+
+class EmbeddingQueue:
+    """First come, first served."""
+
+    def __init__(self, encoder: Encoder, together: int) -> None:
+        """At most `together` texts in one decode."""
+        self._encoder = encoder
+        self._together = together
+        self._waiting: deque[Texts] = deque()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting)
+
+    def submit(self, texts: Texts) -> None:
+        self._waiting.append(texts)
+
+    def cancel(self, request_id: int) -> None:
+        self._waiting = deque(texts for texts in self._waiting if texts.id != request_id)
+
+    def step(self) -> None:
+        """One decode of as many texts of the first request as fit a batch."""
+        first = self._waiting[0]
+        rest = first.texts[len(first.vectors) :]
+        count = tokens = 0
+        while count < min(len(rest), self._together) and (tokens := tokens + len(rest[count])) <= self._encoder.batch:
+            count += 1
+        first.vectors += [vector.astype("<f4").tobytes() for vector in self._encoder.embed(rest[:count])]
+        if len(first.vectors) == len(first.texts):
+            self._waiting.popleft()
+            first.on_end(Embeddings(tuple(first.vectors), sum(map(len, first.texts))))
