@@ -1,8 +1,8 @@
 """An OpenAI-compatible server as a `Provider`: Ollama, llama-server, vLLM, another node, a cloud.
 
-- Only addresses that the node's `network` allows are connected to, whatever a name resolves to; 0.0.0.0 and link-local ones never are.
+- Only addresses that the node's `network` allows are connected to (upstream_reach.py).
 - Redirects, proxies, cookies and compressed answers are not followed, used, kept or read. https verifies certificates.
-- The key goes into one header; over plain http it leaves for private addresses only. No error, log line or answer has it.
+- The key goes into one header. No error, log line or answer has it.
 - Closing an answer closes its connection, and that is how a server learns that nobody reads on.
 """
 
@@ -10,28 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import io
-import ipaddress
-import socket
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
 
-from daemon.config import Network
 from daemon.engine import upstream_form as form
 from daemon.engine import upstream_reading as reading
 from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Request
+from daemon.engine.upstream_reach import Outside
 from daemon.errors import Busy, InferenceError, ModelLoadError, SwarmError, Unserved, UsageError
 from registry import strictjson
 from registry.errors import Malformed
-
-_LOOPBACK = ("127.0.0.0/8", "::1/128")
-_PRIVATE = (*_LOOPBACK, "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
-_NETWORKS = {name: tuple(ipaddress.ip_network(one) for one in ranges) for name, ranges in (("loopback", _LOOPBACK), ("lan", _PRIVATE))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,63 +36,8 @@ class Limits:
     answer: int = 64 << 20  # bytes
 
 
-def allowed(address: str, network: Network) -> bool:
-    """Whether a node in `network` may connect to the IP `address`."""
-    ip = ipaddress.ip_address(address)
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    if ip.is_loopback or network != "public":
-        return any(ip in one for one in _NETWORKS["lan" if network == "public" else network])
-    return not (ip.is_unspecified or ip.is_link_local or ip.is_multicast or ip.is_reserved)
-
-
-def open_session(url: str, network: Network, *, with_key: bool) -> aiohttp.ClientSession:
-    """A session for the base `url` alone. Raises `UsageError` when it names an address that may not be connected to."""
-    parts = urlsplit(url)
-    if with_key and parts.scheme == "http" and network == "public":
-        network = "lan"
-    host = parts.hostname or ""
-    try:
-        # aiohttp asks no resolver about these.
-        fits = allowed(host, network)
-    except ValueError:
-        fits = True
-    if not fits:
-        raise UsageError("upstream", _outside(network), "give another URL")
-    connector = aiohttp.TCPConnector(resolver=_Resolver(network), force_close=True, use_dns_cache=False)
-    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trust_env=False)
-
-
-def _outside(network: Network) -> str:
-    what = {"loopback": "this node's network is loopback", "lan": "neither the network nor a key in plain http may leave private addresses"}
-    return f"its address may not be connected to: {what.get(network, 'it is none of a server')}"
-
-
-class _Refused(OSError):
-    """A name that leads nowhere allowed."""
-
-
-class _Resolver(AbstractResolver):
-    def __init__(self, network: Network) -> None:
-        self._network = network
-
-    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family)
-        results: list[ResolveResult] = []
-        for kind, _, _, _, address in found:
-            text = str(address[0])
-            if "%" not in text and allowed(text, self._network):
-                flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-                results.append({"hostname": host, "host": text, "port": port, "family": kind, "proto": 0, "flags": flags})
-        if not results:
-            raise _Refused(_outside(self._network))
-        return results
-
-    async def close(self) -> None:
-        return
-
-
 class UpstreamProvider:
-    """One model of an upstream. `url` is from `form.base_url`, `http` from `open_session`, which is whoever's made it to close."""
+    """One model of an upstream. `url` is from `form.base_url`, `http` from `open_session`; closing this closes it."""
 
     def __init__(self, url: str, model: str, key: str | None, http: aiohttp.ClientSession, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
@@ -109,6 +46,8 @@ class UpstreamProvider:
         self._key = key
         self._http = http
         self._busy = 0
+        self._closed = False
+        self._waits: set[asyncio.Timeout] = set()
         self._limit_name = "max_tokens"
         self._lacks: set[str] = set()
 
@@ -161,6 +100,27 @@ class UpstreamProvider:
                     if reader.finish is None:
                         raise
                 yield reader.end()
+
+    async def close(self) -> None:
+        """Break off what is under way. Idempotent."""
+        self._closed = True
+        # aiohttp closes the connections of a session and lets those that read from them wait.
+        for wait in self._waits:
+            if not wait.expired():
+                wait.reschedule(0)
+        await self._http.close()
+
+    @asynccontextmanager
+    async def _within(self, seconds: float) -> AsyncIterator[None]:
+        """Raises `TimeoutError` after `seconds`, or when this is closed."""
+        if self._closed:
+            raise TimeoutError
+        async with asyncio.timeout(seconds) as wait:
+            self._waits.add(wait)
+            try:
+                yield
+            finally:
+                self._waits.discard(wait)
 
     @contextmanager
     def _slot(self, what: str) -> Iterator[None]:
@@ -232,12 +192,12 @@ class UpstreamProvider:
             data = io.BytesIO(strictjson.dumps(body, sort_keys=False))
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect_s)
         try:
-            async with asyncio.timeout(seconds):
+            async with self._within(seconds):
                 response = await self._http.request(
                     method, self._url + path, data=data, headers=headers, timeout=timeout, allow_redirects=False
                 )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise _unreached(error) from error
+            raise _ended() if self._closed else _unreached(error) from error
         stack.callback(response.close)
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise InferenceError("upstream", "it compresses its answer unasked", "use another server")
@@ -256,17 +216,21 @@ class UpstreamProvider:
 
     async def _read(self, response: aiohttp.ClientResponse, seconds: float) -> bytes:
         try:
-            async with asyncio.timeout(seconds):
+            async with self._within(seconds):
                 return await response.content.readany()
         except TimeoutError as error:
-            raise InferenceError("upstream", "it fell silent", "ask again") from error
+            raise _ended() if self._closed else InferenceError("upstream", "it fell silent", "ask again") from error
         except (aiohttp.ClientError, OSError) as error:
             raise InferenceError("upstream", "the connection to it broke", "ask again") from error
 
 
+def _ended() -> InferenceError:
+    return InferenceError("upstream", "it is not served here any more", "ask another node")
+
+
 def _unreached(error: Exception) -> SwarmError:
     why = "it cannot be reached"
-    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, _Refused):
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, Outside):
         why = str(error.os_error)
     elif isinstance(error, aiohttp.ClientSSLError | aiohttp.ClientConnectorCertificateError):
         why = "its certificate does not verify"

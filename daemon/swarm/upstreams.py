@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import aiohttp
+from dataclasses import dataclass
 
 from daemon.config import Network
-from daemon.engine.upstream import Limits, UpstreamProvider, open_session
+from daemon.engine.upstream import Limits, UpstreamProvider
 from daemon.engine.upstream_form import base_url
+from daemon.engine.upstream_reach import open_session
 from daemon.errors import Ambiguous, NotFound, UsageError
 from daemon.swarm.relay import LocalModel
 from daemon.waiting import KeyLocks
@@ -33,7 +32,6 @@ class Upstream:
     model: str
     offer: Offer
     provider: UpstreamProvider
-    session: aiohttp.ClientSession = field(repr=False)
 
     @property
     def slots(self) -> int:
@@ -70,13 +68,13 @@ class Upstreams:
             if listed is not None and model not in listed:
                 raise _unlisted(model, listed)
         except BaseException:
-            await made.session.close()
+            await made.provider.close()
             raise
         async with self._changing(made.offer.cid):
             before = self._served.get(made.offer.cid)
             self._served[made.offer.cid] = made
             if before is not None:
-                await before.session.close()
+                await before.provider.close()
         self._on_change()
         return made
 
@@ -90,21 +88,21 @@ class Upstreams:
         except Malformed as error:
             raise UsageError("upstream", str(error), "give a URL like http://127.0.0.1:11434/v1, and a model that it lists") from error
         session = open_session(base, self._network, with_key=key is not None)
-        return Upstream(model, offer, UpstreamProvider(base, model, key, session, limits), session)
+        return Upstream(model, offer, UpstreamProvider(base, model, key, session, limits))
 
     async def stop(self, served: Upstream) -> None:
         """Answer for it no more; answers under way are broken off. Idempotent."""
         async with self._changing(served.offer.cid):
             if self._served.get(served.offer.cid) is served:
                 del self._served[served.offer.cid]
-                await served.session.close()
+                await served.provider.close()
         self._on_change()
 
     async def close(self) -> None:
         """Idempotent."""
         while self._served:
             _, served = self._served.popitem()
-            await served.session.close()
+            await served.provider.close()
 
     def served(self) -> list[Upstream]:
         return list(self._served.values())

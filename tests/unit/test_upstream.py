@@ -17,7 +17,7 @@ from daemon.config import Network
 from daemon.engine import upstream_form as form
 from daemon.engine.codec import MAX_CALLS
 from daemon.engine.interface import Candidate, ChatRequest, CompletionRequest, Delta, EmbeddingRequest, Request, Sampling, Tool, Usage
-from daemon.engine.upstream import allowed, open_session
+from daemon.engine.upstream_reach import allowed, open_session
 from daemon.engine.upstream_reading import MAX_EVENT, AnswerReader, EventReader, embeddings, models
 from daemon.errors import Busy, ContextOverflow, InferenceError, ModelLoadError, SwarmError, Unserved, UsageError
 from registry.errors import Malformed
