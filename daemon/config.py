@@ -66,6 +66,8 @@ class Engine:
     threads: int = 0  # threads of llama.cpp per model; 0: all cores
     context: int = 4096  # tokens of KV cache per served model, shared by its chats; at most what the model was trained for
     slots: int = 4  # chats answered at the same time per model
+    batch: int = 512  # tokens that llama.cpp reads at once
+    keep_alive: float = 300.0  # seconds without a request after which a model is unloaded; negative: never
     memory: int = 0  # bytes that loaded models may use together; 0: what the machine has free
     gpu_layers: int = -1  # layers to put on a GPU; -1: all, where llama.cpp was built for one
 
@@ -211,13 +213,16 @@ def _check(config: Config) -> None:
         section, _, key = name.partition(".")
         if getattr(getattr(config, section), key) < 0:
             raise UsageError(name, "it is less than nothing", "docs/settings.md says what 0 means")
+    if not 1 <= config.api.session_timeout <= 7 * 24 * 3600:
+        raise UsageError("api.session_timeout", f"{config.api.session_timeout:g} s is no time to keep a chat for", "use 1 to 604800")
     if config.swarm.heartbeat < 1:
         raise UsageError("swarm.heartbeat", f"{config.swarm.heartbeat} s is too often", "use at least 1")
     if not 1 <= config.api.session_timeout <= 7 * 24 * 3600:
         raise UsageError("api.session_timeout", f"{config.api.session_timeout:g} s is no time to keep a chat for", "use 1 to 604800")
     if not config.ipfs.enabled and not config.torrent.enabled:
         raise UsageError("ipfs.enabled and torrent.enabled", "both are off", "a node needs one of them")
-    if config.engine.slots < 1 or config.engine.context < 64:
-        raise UsageError("engine", "needs at least one slot and 64 tokens of context", "raise engine.slots or engine.context")
+    if config.engine.slots < 1 or config.engine.context < 64 or config.engine.batch < 64:
+        why = "needs at least one slot, and 64 tokens of context and batch"
+        raise UsageError("engine", why, "raise engine.slots, engine.context or engine.batch")
     if config.network == "loopback" and config.swarm.host != "127.0.0.1":
         raise UsageError("swarm.host", "a loopback node listens on 127.0.0.1 only", "remove swarm.host or set network")

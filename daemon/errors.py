@@ -17,6 +17,7 @@
     │   ├── NoMemory           6  the model does not fit
     │   ├── Unavailable        7  the daemon, Kubo or a port is in the way
     │   ├── ModelLoadError     7  llama.cpp could not load the model
+    │   │   └── Restarting        its worker died and is about to be started again
     │   └── InferenceError     7  llama.cpp failed in the middle of an answer
     └── Bug                    1  ours
 
@@ -119,6 +120,10 @@ class Unavailable(BackendError):
 
 class ModelLoadError(BackendError):
     http_status = 500
+
+
+class Restarting(ModelLoadError):
+    http_status = 503
 
 
 class InferenceError(BackendError):

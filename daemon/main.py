@@ -214,17 +214,17 @@ class _Daemon:
     async def _voice(self, stack: AsyncExitStack, has: _Holdings) -> _Voice:
         config = self._config
         http = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
-        engine = EngineHost(config.engine, config.home / "logs", lambda key, reason: serving.worker_gone(key, reason))
+        engine = EngineHost(config.engine, config.home / "logs", lambda key: serving.changed(key))
         stack.push_async_callback(engine.close)
-        serving = Serving(engine, has.library, self._changed)
+        serving = Serving(engine, has.library, has.ledger, self._changed)
         offering = Offering(self._node, has.library, serving, has.torrents)
         peers = PeerTable(has.ledger, own=self._node, clock=time.time, standing=has.trust.standing)
         await peers.open()
-        answers = Answers(peers, offering.local_models, offering.offers, ipfs=self._ipfs, http=http, clock=time.time)
+        answers = Answers(peers, offering.askable, offering.offers, ipfs=self._ipfs, http=http, clock=time.time)
         seal_keys = SealKeys(self._node, time.time)
         door = create_door(
             announcements=lambda envelopes: announcer.exchange(envelopes),
-            chats=ChatServer(seal_keys, offering.local_models),
+            chats=ChatServer(seal_keys, offering.served),
             object_bytes=has.library.small_object,
         )
         door_port = await stack.enter_async_context(open_door(door, config.swarm.host, config.swarm.port))
@@ -262,6 +262,7 @@ class _Daemon:
 
     async def _start(self, voice: _Voice, has: _Holdings) -> None:
         """Begin to speak. IPFS may be away, now or later: the node lives without it."""
+        await voice.serving.open()
         await voice.announcer.start()
         for blake3 in has.strays:
             voice.supervisor.run(f"identify {blake3[:12]}", partial(has.library.identify_again, blake3), restart=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from daemon.config import Config
@@ -48,9 +49,11 @@ class Status:
         address = self._announcer.address()
         ipfs = await self._ipfs()
         served = [model.identity for model in self._library.models() if model.identity.blake3 in self._serving.served()]
+        engine = self._engine()
+        restarting = any(model["state"] == "restarting" for model in engine)
         troubles = {name: loop.error for name, loop in self._supervisor.state().items() if loop.state != "running"}
         return {
-            "state": "degraded" if ipfs["state"] == "down" or troubles else "ready",
+            "state": "degraded" if ipfs["state"] == "down" or troubles or restarting else "ready",
             "node": address.node,
             "peer_id": ipfs.pop("peer_id"),
             "addresses": [format_address(address)],
@@ -63,10 +66,31 @@ class Status:
             "ipfs": ipfs,
             "bittorrent": self._bittorrent(),
             "models": len(self._library.models()),
+            "engine": engine,
             "serving": [codes.short(codes.code_of_infohash_v2(identity.infohash_v2)) for identity in served],
             "transfers": sum(transfer.state not in FINAL for transfer in self._transfers.all()),
             "troubles": troubles,
         }  # fmt: skip
+
+    def _engine(self) -> list[dict[str, Any]]:
+        now = datetime.now(UTC)
+        return [
+            {
+                "code": codes.short(codes.code_of_infohash_v2(model.identity.infohash_v2)),
+                "name": model.name,
+                "state": state.state,
+                "pid": state.pid,
+                "context": state.context,
+                "slots": state.slots,
+                "free_slots": state.free_slots,
+                "memory": state.memory,
+                "tokens_per_second": state.tokens_per_second,
+                "restarts": state.restarts,
+                "reason": state.reason,
+                "expires": None if state.expires is None else _iso(now + timedelta(seconds=state.expires)),
+            }
+            for model, state in self._serving.engine()
+        ]
 
     async def _ipfs(self) -> dict[str, Any]:
         keeper = self._keeper
@@ -87,3 +111,7 @@ class Status:
         if self._torrents is None:
             return {"enabled": False, "state": "off", "port": None, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0}
         return {"enabled": True, "state": "ready", "port": self._torrents.port, **self._torrents.status()}
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -3,6 +3,7 @@
 The order is the user's rule: serving first, then most seeders; ties by free slots, then by measured latency and success,
 then by node, so that equal knowledge gives equal choices. Without a code: the model with the most nodes, then the most
 seeders, among those that somebody serves; after its nodes comes the local serving model with the most seeders.
+What this node holds and does not serve it can load for its own user, which is better than no answer and worse than any other.
 
 Models are told apart by their CID, which every offer has. Offers under two CIDs are one model when they agree on the v2
 infohash - but an infohash counts for a CID only when most of the nodes that offer the CID say so (or this node knows), so

@@ -209,4 +209,19 @@ def status(found: Mapping[str, Any]) -> str:
         "models": f"{found['models']}, serving {_codes(found['serving'])}",
         "transfers": str(found["transfers"]),
     }
-    return pairs(values) + "\n" + "\n".join(f"address     {safe(address, 9000)}" for address in found["addresses"])
+    addresses = "\n".join(f"address     {safe(address, 9000)}" for address in found["addresses"])
+    return "\n".join([pairs(values), addresses, *([engine(found["engine"])] if found["engine"] else [])])
+
+
+def engine(models: Sequence[Mapping[str, Any]]) -> str:
+    """The models that are served or loaded."""
+    columns = ("code", "name", "state", "process", "context", "free slots", "memory", "tokens/s", "unloaded", "restarts")
+    rows = [
+        (
+            f"#{m['code']}", m["name"], m["state"], str(m["pid"] or "-"), str(m["context"]), f"{m['free_slots']}/{m['slots']}",
+            size(m["memory"]) if m["memory"] else "-", f"{m['tokens_per_second']:.1f}" if m["tokens_per_second"] else "-",
+            from_now(m["expires"]) if m["expires"] else "-", f"{m['restarts']}: {m['reason']}" if m["reason"] else str(m["restarts"]),
+        )
+        for m in models
+    ]  # fmt: skip
+    return "\n" + table(columns, rows, "")

@@ -15,6 +15,8 @@ from daemon.engine.interface import ServeOptions
 from daemon.errors import Unserved, UsageError
 from registry.records import Model
 
+LONGEST_KEEP_ALIVE = 366 * 24 * 3600  # seconds; -1 is for ever
+
 
 async def list_models(request: web.Request) -> web.StreamResponse:
     known = services(request)
@@ -72,6 +74,8 @@ async def serve(request: web.Request) -> web.StreamResponse:
         threads=fields.integer("threads", 1, 1024),
         gpu_layers=fields.integer("gpuLayers", -1, 10_000),
         slots=fields.integer("slots", 1, 256),
+        batch=fields.integer("batch", 1, 2**20),
+        keep_alive=fields.number("keepAlive", -1, LONGEST_KEEP_ALIVE),
     )
     fields.done()
     known = services(request)

@@ -1,35 +1,41 @@
-"""The local engine: one worker process per loaded model, within the memory and the cores of this machine."""
+"""The local engine: which models have a worker, within the memory and the cores of this machine."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
+import logging
 import os
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
 from daemon.config import Engine as Settings
 from daemon.engine.gguf import GgufHeader, estimate_memory, inspect
-from daemon.engine.interface import Provider, Served, ServeOptions
-from daemon.engine.memory import free_memory, usable_cores
-from daemon.engine.process import WorkerProcess
+from daemon.engine.interface import Provider, Served, ServeOptions, Source
+from daemon.engine.memory import free_memory, held_by, usable_cores
+from daemon.engine.process import GpuLoadError, WorkerProcess
 from daemon.engine.protocol import Load
-from daemon.errors import NoMemory, NotFound, Unavailable, UsageError
+from daemon.engine.resident import Loaded, Resident
+from daemon.errors import NoMemory, Unavailable, UsageError
+
+log = logging.getLogger(__name__)
 
 MAX_SLOTS: Final = 64
 MAX_CONTEXT: Final = 1 << 22
 MIN_CONTEXT: Final = 64
+MAX_BATCH: Final = 1 << 13
+MIN_BATCH: Final = 64  # every slot takes part in each decode
 
 
 class EngineHost:
-    """Implements `Engine`. `on_exit(key, reason)` is called when a worker ends that nobody stopped."""
+    """Implements `Engine`. `on_change(key)` is called when a model is loaded, dies or is about to be tried again."""
 
     def __init__(
         self,
         settings: Settings,
         logs: Path,
-        on_exit: Callable[[str, str], None],
+        on_change: Callable[[str], None],
         *,
         queue: int = 32,
         load_timeout: float = 300.0,
@@ -38,138 +44,185 @@ class EngineHost:
         """`logs` gets `worker-<key>.log`; `queue` chats per model may wait; `load_timeout` is in seconds."""
         self._settings = settings
         self._logs = logs
-        self._on_exit = on_exit
+        self._on_change = on_change
         self._queue = queue
         self._load_timeout = load_timeout
         self._free_memory = free_memory
         self._cores = usable_cores()
-        self._loaded: dict[str, _Loaded] = {}
+        self._residents: dict[str, Resident] = {}  # every model that was ever asked for
         # One load at a time, so that two cannot count on the same free memory.
         self._loading = asyncio.Lock()
-        self._starting: asyncio.Task[WorkerProcess] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    async def load(self, key: str, path: Path, options: ServeOptions) -> Served:
-        """See `Engine`. A model that is loaded already stays as it is, whatever `options` say."""
-        async with self._loading:
-            if self._closed:
-                raise Unavailable("the engine", "it is shutting down", "start the daemon again")
-            if key not in self._loaded:
-                header = await asyncio.to_thread(inspect, path)
-                resolved = self._resolve(header, options)
-                needed = estimate_memory(header, resolved.context or 0, resolved.slots or 0)
-                await self._check_memory(needed)
-                worker = await self._start(key, path, header, resolved)
-                self._loaded[key] = _Loaded(worker, resolved, needed, header.tensor_bytes, automatic=options.threads is None)
-                worker.on_gone = functools.partial(self._gone, key, worker)
-                worker.on_activity = self._share_cores
-            return self._loaded[key].served()
+    async def keep(self, key: str, source: Source, options: ServeOptions) -> Served:
+        """See `Engine`."""
+        resident = self._resident(key, source)
+        if not resident.known or not _fits(resident.options, replace(options, keep_alive=None)):
+            await resident.load_with(options)
+        else:
+            keep_alive = self._settings.keep_alive if options.keep_alive is None else options.keep_alive
+            resident.expect(options, replace(resident.options, keep_alive=keep_alive))
+        resident.keep()
+        return resident.served()
+
+    async def keep_idle(self, key: str, source: Source, options: ServeOptions, tokens_per_second: float) -> Served:
+        """See `Engine`."""
+        resident = self._resident(key, source)
+        header = await asyncio.to_thread(inspect, source.path)
+        resident.expect(options, self._resolve(header, options), tokens_per_second)
+        resident.keep()
+        return resident.served()
 
     async def unload(self, key: str) -> bool:
-        loaded = self._loaded.pop(key, None)
-        if loaded is None:
-            return False
-        await loaded.worker.stop()
-        return True
+        """See `Engine`."""
+        resident = self._residents.get(key)
+        return resident is not None and await resident.stop()
 
-    def served(self) -> dict[str, Served]:
-        return {key: loaded.served() for key, loaded in self._loaded.items()}
+    def models(self) -> dict[str, Served]:
+        """See `Engine`."""
+        return {key: one.served() for key, one in self._residents.items() if one.kept or one.state() in ("loaded", "loading")}
 
-    def provider(self, key: str) -> Provider:
-        if key not in self._loaded:
-            raise NotFound("the model", "it is not loaded", "serve it first")
-        return self._loaded[key].worker
+    def provider(self, key: str, source: Source) -> Provider:
+        """See `Engine`."""
+        return self._resident(key, source)
 
     async def close(self) -> None:
-        """End every worker, also one that is being loaded. Idempotent."""
+        """End every worker, also those that are being loaded. Idempotent."""
         self._closed = True
-        if self._starting is not None:
-            self._starting.cancel()
-        async with self._loading:
-            await asyncio.gather(*(self.unload(key) for key in list(self._loaded)))
+        await asyncio.gather(*(resident.stop() for resident in self._residents.values()), *self._ending)
 
-    async def _start(self, key: str, path: Path, header: GgufHeader, options: ServeOptions) -> WorkerProcess:
+    def _resident(self, key: str, source: Source) -> Resident:
+        if key not in self._residents:
+            self._residents[key] = Resident(key, source, self._start, self._expired, self._on_change)
+        self._residents[key].source = source
+        return self._residents[key]
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    async def _start(self, resident: Resident, asked: ServeOptions) -> Loaded:
+        if self._closed:
+            raise Unavailable("the engine", "it is shutting down", "start the daemon again")
+        await resident.source.check()
+        path = resident.source.path
+        header = await asyncio.to_thread(inspect, path)
+        options = self._resolve(header, asked)
+        needed = estimate_memory(header, options.context or 0, options.slots or 0, options.batch or 0)
         load = Load(
             path=await asyncio.to_thread(os.path.abspath, path),  # the worker has another current folder
             context=options.context or 0,
             slots=options.slots or 0,
             threads=options.threads or 1,
+            batch=options.batch or 0,
             gpu_layers=-1 if options.gpu_layers is None else options.gpu_layers,
             template=header.chat_template,
         )
-        log = self._logs / f"worker-{key[:12]}.log"
-        self._starting = asyncio.create_task(WorkerProcess.start(load, log, queue=self._queue, timeout=self._load_timeout))
-        try:
-            return await self._starting
-        except asyncio.CancelledError:
-            if self._closed:
-                raise Unavailable("the engine", "it is shutting down", "start the daemon again") from None
-            raise
-        finally:
-            self._starting = None
+        async with self._loading:
+            await self._make_room(resident, needed)
+            worker = await self._worker(resident, load)
+        worker.on_activity = self._share_cores
+        return Loaded(worker, options, needed, automatic=asked.threads is None, threads=load["threads"])
 
-    def _resolve(self, header: GgufHeader, options: ServeOptions) -> ServeOptions:
+    async def _worker(self, resident: Resident, load: Load) -> WorkerProcess:
+        log_file = self._logs / f"worker-{resident.key[:12]}.log"
+        try:
+            return await WorkerProcess.start(load, log_file, queue=self._queue, timeout=self._load_timeout)
+        except GpuLoadError as error:
+            if load["gpu_layers"] >= 0:
+                raise  # somebody chose the number of layers
+            log.warning("%s could not be loaded on the GPU, so it is loaded without: %s", resident.source.name, error.why)
+        load["gpu_layers"] = 0
+        return await WorkerProcess.start(load, log_file, queue=self._queue, timeout=self._load_timeout)
+
+    def _resolve(self, header: GgufHeader, asked: ServeOptions) -> ServeOptions:
         """Every option filled in. What was asked for must fit; what comes from the settings is made to fit."""
+        settings = self._settings
         trained = header.facts.context_length or MAX_CONTEXT
-        context = min(self._settings.context, trained) if options.context is None else options.context
-        slots = min(self._settings.slots, MAX_SLOTS) if options.slots is None else options.slots
-        threads = (self._settings.threads or self._cores) if options.threads is None else options.threads
+        context = min(settings.context, trained) if asked.context is None else asked.context
+        slots = min(settings.slots, MAX_SLOTS) if asked.slots is None else asked.slots
+        threads = (settings.threads or self._cores) if asked.threads is None else asked.threads
+        batch = min(settings.batch, context) if asked.batch is None else asked.batch
         if not MIN_CONTEXT <= context <= min(trained, MAX_CONTEXT):
             raise UsageError("context", f"{context} tokens do not fit this model", f"use {MIN_CONTEXT} to {min(trained, MAX_CONTEXT)}")
         if not 1 <= slots <= MAX_SLOTS:
             raise UsageError("slots", f"{slots} is out of range", f"use 1 to {MAX_SLOTS}")
         if not 1 <= threads <= 4 * self._cores:
             raise UsageError("threads", f"{threads} is out of range", f"use 1 to {4 * self._cores}; this machine has {self._cores} cores")
-        gpu_layers = self._settings.gpu_layers if options.gpu_layers is None else options.gpu_layers
-        return ServeOptions(context=context, threads=threads, gpu_layers=gpu_layers, slots=slots)
+        if not MIN_BATCH <= batch <= min(context, MAX_BATCH):
+            raise UsageError("batch", f"{batch} tokens are out of range", f"use {MIN_BATCH} to {min(context, MAX_BATCH)}")
+        return ServeOptions(
+            context=context,
+            threads=threads,
+            gpu_layers=settings.gpu_layers if asked.gpu_layers is None else asked.gpu_layers,
+            slots=slots,
+            batch=batch,
+            keep_alive=settings.keep_alive if asked.keep_alive is None else asked.keep_alive,
+        )
 
-    async def _check_memory(self, needed: int) -> None:
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    async def _make_room(self, resident: Resident, needed: int) -> None:
+        """End the worker that `resident` had, and idle ones, the least recently used first, until `needed` bytes are free.
+
+        Raises `NoMemory`, and ends none, when that would not be enough.
+        """
+        while True:
+            await asyncio.gather(*self._ending)
+            free = await self._free()
+            # Nothing is awaited between this look and `let_go`, so nobody can begin to use one of them.
+            idle = sorted((one for one in self._residents.values() if one.idle and one is not resident), key=lambda one: one.used)
+            leaving = [resident, *idle] if resident.loaded is not None else idle
+            available = free + sum(one.loaded.needed for one in leaving if one.loaded is not None)
+            if needed > available:
+                raise NoMemory(resident.source.name, self._shortage(needed, available, leaving), _SMALLER)
+            if resident.loaded is None and needed <= free:
+                return
+            log.info("%s is unloaded to make room for %s", leaving[0].source.name, resident.source.name)
+            await leaving[0].let_go().stop()
+
+    async def _free(self) -> int:
+        """Bytes for models that are not loaded yet."""
+        loaded = [one.loaded for one in self._residents.values() if one.loaded is not None]
         if self._settings.memory:
-            available = self._settings.memory - sum(loaded.needed for loaded in self._loaded.values())
-        else:
-            # The kernel calls mapped weights available, but a model that answers needs them all the time.
-            available = await asyncio.to_thread(self._free_memory) - sum(loaded.weights for loaded in self._loaded.values())
-        if needed > available:
-            why = f"it needs about {_mebibytes(needed)} of memory, {_mebibytes(max(available, 0))} are available"
-            raise NoMemory("the model", why, "stop another model, serve with less context or take a smaller quantization")
+            return self._settings.memory - sum(one.needed for one in loaded)
 
-    def _gone(self, key: str, worker: WorkerProcess, reason: str) -> None:
-        loaded = self._loaded.get(key)
-        if loaded is not None and loaded.worker is worker:
-            del self._loaded[key]
-            self._on_exit(key, reason)
+        def free() -> int:
+            # The kernel calls mapped weights available, but a model that answers needs them all the time.
+            return self._free_memory() - sum(max(0, one.needed - held_by(one.worker.pid)) for one in loaded)
+
+        return await asyncio.to_thread(free)
+
+    def _shortage(self, needed: int, available: int, leaving: list[Resident]) -> str:
+        staying = [one.source.name for one in self._residents.values() if one.loaded is not None and one not in leaving]
+        answering = f" while {', '.join(staying)} is answering" if staying else ""
+        return f"it needs about {_mebibytes(needed)} of memory, {_mebibytes(max(available, 0))} are available{answering}"
+
+    def _expired(self, resident: Resident) -> None:
+        if resident.idle:
+            log.info("%s is unloaded: nobody asked for a while", resident.source.name)
+            task = asyncio.create_task(resident.let_go().stop(), name=f"unload {resident.key[:12]}")
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+    # -- cores ------------------------------------------------------------------------------------------------------
 
     def _share_cores(self) -> None:
         """Threads of all workers that are answering together are as many as cores: one too many slows down all of them."""
-        busy = [loaded for loaded in self._loaded.values() if loaded.automatic and loaded.worker.active]
-        for loaded in busy:
+        loaded = [one.loaded for one in self._residents.values() if one.loaded is not None]
+        busy = [one for one in loaded if one.automatic and one.worker.active]
+        for one in busy:
             wanted = max(1, (self._settings.threads or self._cores) // len(busy))
-            if loaded.threads != wanted:
-                loaded.threads = wanted
-                loaded.worker.set_threads(wanted)
+            if one.threads != wanted:
+                one.threads = wanted
+                one.worker.set_threads(wanted)
 
 
-class _Loaded:
-    """A worker, how it was loaded, and what it costs."""
+_SMALLER: Final = "stop another model, serve with less context or take a smaller quantization"
 
-    def __init__(self, worker: WorkerProcess, options: ServeOptions, needed: int, weights: int, *, automatic: bool) -> None:
-        self.worker = worker
-        self.options = options
-        self.needed = needed  # bytes, by the estimate
-        self.weights = weights  # bytes of it that are mapped from the file
-        self.automatic = automatic  # nobody chose its number of threads
-        self.threads = options.threads or 1
 
-    def served(self) -> Served:
-        worker = self.worker
-        return Served(
-            context=worker.context,
-            slots=worker.slots,
-            free_slots=max(0, worker.slots - worker.active),
-            pid=worker.pid,
-            tokens_per_second=worker.tokens_per_second,
-            options=self.options,
-        )
+def _fits(running: ServeOptions, wanted: ServeOptions) -> bool:
+    """Whether a worker runs as `wanted`, whose None asks for nothing in particular."""
+    return all(value is None or value == getattr(running, name) for name, value in asdict(wanted).items())
 
 
 def _mebibytes(count: int) -> str:

@@ -137,16 +137,37 @@ class ServeOptions:
     keep_alive: float | None = None  # seconds without a chat after which the worker is ended; negative: never
 
 
+ModelState = Literal["idle", "loading", "loaded", "restarting"]
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model that answers: what its worker said when it was ready."""
+    """A local model as it is now. What its worker said when it was ready stays known while it is unloaded."""
 
     context: int
     slots: int
-    free_slots: int
-    pid: int | None  # None: unloaded while idle, or about to be started again
-    tokens_per_second: float = 0.0
-    options: ServeOptions = field(default_factory=ServeOptions)
+    free_slots: int  # requests that could be answered at once; none while its worker is about to be started again
+    pid: int | None  # None: it has no worker
+    tokens_per_second: float = 0.0  # 0: not measured yet
+    options: ServeOptions = field(default_factory=ServeOptions)  # as they are in force
+    state: ModelState = "loaded"
+    memory: int = 0  # bytes that its worker takes, by the estimate
+    restarts: int = 0  # workers that were started because one had died
+    reason: str | None = None  # why the last worker died, or could not be loaded
+    expires: float | None = None  # seconds until it is unloaded; None: not while it answers, or never
+
+
+class Source(Protocol):
+    """The file of a model, and whether it may be loaded."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+
+    async def check(self) -> None:
+        """Asked before every load. Raises `NotFound`, or `Refused` when the file is not what it should be."""
+        ...
 
 
 class Provider(Protocol):
@@ -167,20 +188,34 @@ class Provider(Protocol):
 
 
 class Engine(Protocol):
-    """Local inference: one child process per loaded model, by the blake3 of the model."""
+    """Local inference: one child process per loaded model, by the blake3 of the model.
 
-    async def load(self, key: str, path: Path, options: ServeOptions) -> Served:
-        """Raises `ModelLoadError`, `NoMemory`, or `UsageError` for options that do not fit the model."""
+    A model that is *kept* has its worker started again when that dies; others are loaded when somebody asks.
+    """
+
+    async def keep(self, key: str, source: Source, options: ServeOptions) -> Served:
+        """Load with `options` and keep. A model that is kept or loaded so already is left as it is; a worker that runs with other
+        options is ended once the new ones are known to fit.
+
+        Raises `ModelLoadError`, `NoMemory`, `UsageError` for options that do not fit the model, what `source` raises, and
+        `Unavailable` when it was stopped meanwhile.
+        """
+        ...
+
+    async def keep_idle(self, key: str, source: Source, options: ServeOptions, tokens_per_second: float) -> Served:
+        """The same, but loaded when somebody asks; `tokens_per_second` is what was measured before. Raises as `keep` does."""
         ...
 
     async def unload(self, key: str) -> bool:
-        """End the worker and give its memory back; False when it was not loaded."""
+        """Keep it no longer, end its worker or its loading and give the memory back; False when there was nothing to end."""
         ...
 
-    def served(self) -> dict[str, Served]: ...
+    def models(self) -> dict[str, Served]:
+        """Those that are kept or have a worker."""
+        ...
 
-    def provider(self, key: str) -> Provider:
-        """Raises `NotFound` when the model is not loaded."""
+    def provider(self, key: str, source: Source) -> Provider:
+        """What answers for a model, the same object for ever: it loads the model when it has to."""
         ...
 
     async def close(self) -> None: ...

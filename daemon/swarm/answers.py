@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -85,8 +85,8 @@ class Embedded:
 
 
 class Answers:
-    """`local` are the models served here, `held` offers every model that is here; `http` is shared with the rest of the daemon,
-    `clock` gives unix seconds.
+    """`local` are the models that this node's user may ask here, served or not, and `held` offers them; `http` is shared with
+    the rest of the daemon, `clock` gives unix seconds.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Answers:
         """What the first candidate that does not fail says to `ask`."""
         local = {one.offer.cid: one for one in self._local()}
         failures: list[tuple[Choice, SwarmError]] = []
-        for choice in self._serving(model):
+        for choice in self._candidates(model, local):
             provider = self._provider(choice, local)
             if provider is None:
                 continue
@@ -133,10 +133,13 @@ class Answers:
                 failures.append((choice, error))
         raise _nobody(model, failures)
 
-    def _serving(self, model: str | None) -> list[Choice]:
-        """Whom to ask, best first; at least one."""
+    def _candidates(self, model: str | None, local: Mapping[str, LocalModel]) -> list[Choice]:
+        """Whom to ask, best first; at least one. What this node only holds comes last, and is loaded when it is asked."""
+        held = self._held()
+        if model is None:
+            held = [offer for offer in held if offer.cid not in local or local[offer.cid].usable]
         try:
-            found = routing.candidates(self._table.offers(), wanted=model, local=self._held(), stats=self._table.stats())
+            found = routing.candidates(self._table.offers(), wanted=model, local=held, stats=self._table.stats())
         except AmbiguousRef as error:
             told = ", ".join(codes.told_apart(error.candidates))
             raise Ambiguous(str(model), f"means {len(error.candidates)} models: {told}", "use a longer code or the CID") from error
@@ -145,12 +148,13 @@ class Answers:
         if model is not None and not found:
             raise NotFound(model, "no node that this one knows has it", "swarmctl models lists what there is; swarmctl join adds a node")
         serving = [choice for choice in found if choice.offer.serving][:CANDIDATES_TRIED]
-        if not serving:
-            what = "model" if model is None else model
-            raise Unserved(what, "nobody serves it now" if model else "nobody serves any now", "swarmctl serve loads a model here")
-        return serving
+        here = [choice for choice in found if choice.local and not choice.offer.serving and choice.offer.cid in local]
+        if not serving and not here:
+            what, why = ("model", "nobody serves any now") if model is None else (model, "nobody serves it now")
+            raise Unserved(what, why, "swarmctl pull brings it here, where it can be asked")
+        return serving + here
 
-    def _provider(self, choice: Choice, local: dict[str, LocalModel]) -> Provider | None:
+    def _provider(self, choice: Choice, local: Mapping[str, LocalModel]) -> Provider | None:
         if choice.local:
             here = local.get(choice.offer.cid)
             return here.provider if here is not None else None

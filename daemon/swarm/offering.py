@@ -23,11 +23,14 @@ class Offering:
     async def describe(self) -> list[Offer]:
         return self.offers()
 
-    def local_models(self) -> list[LocalModel]:
-        """The models that answer here."""
-        served = self._serving.served()
-        models = (model for model in self._library.models() if model.identity.blake3 in served)
-        return [LocalModel(self._offer(model), self._serving.provider(model)) for model in models]
+    def served(self) -> list[LocalModel]:
+        """The models that answer for everybody."""
+        return [one for one in self.askable() if one.offer.serving]
+
+    def askable(self) -> list[LocalModel]:
+        """The models that this node's own user may ask: those that are only held are loaded then."""
+        models = [model for model in self._library.models() if model.quarantined is None]
+        return [LocalModel(self._offer(model), self._serving.provider(model), self._serving.usable(model)) for model in models]
 
     def _offer(self, model: Model) -> Offer:
         identity = model.identity

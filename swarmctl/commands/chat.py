@@ -2,24 +2,65 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import click
 
 from swarmctl.context import Command, Context, pass_context
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, as `30s`, `10m`, `1h` or a bare number; `always` and -1 are for ever."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if value in ("always", "-1"):
+            return -1.0
+        found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smh]?)", str(value))
+        if found is None:
+            self.fail(f"{value!r} is no time; use 30s, 10m, 1h, 0 or always", param, ctx)
+        return float(found[1]) * _UNITS[found[2]]
 
 
 @click.command(cls=Command)
 @click.argument("ref")
 @click.option("--context", "context_size", type=click.IntRange(min=64), metavar="TOKENS", help="KV cache, shared by its chats.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of llama.cpp.")
-@click.option("--gpu-layers", type=click.IntRange(min=-1), help="Layers to put on a GPU; -1: all.")
+@click.option("--gpu-layers", type=click.IntRange(min=-1), help="Layers to put on a GPU; -1: all, or none if they do not fit.")
 @click.option("--slots", type=click.IntRange(min=1), help="Chats answered at the same time.")
+@click.option("--batch", type=click.IntRange(min=1), metavar="TOKENS", help="Tokens that are read at once.")
+@click.option("--keep-alive", type=Duration(), help="How long it stays loaded when nobody asks: 30s, 10m, 1h, 0 or always.")
 @pass_context
-def serve(context: Context, ref: str, context_size: int | None, threads: int | None, gpu_layers: int | None, slots: int | None) -> None:
-    """Load a local model and answer whoever asks for it. REF is its code, CID or name."""
+def serve(
+    context: Context,
+    ref: str,
+    context_size: int | None,
+    threads: int | None,
+    gpu_layers: int | None,
+    slots: int | None,
+    batch: int | None,
+    keep_alive: float | None,
+) -> None:
+    """Load a local model and answer whoever asks for it, until `stop`. REF is its code, CID or name.
+
+    Serving it again changes the options that are given.
+    """
     from swarmctl.client import LONG_S
     from swarmctl.render import safe
 
-    body = {"modelId": ref, "contextSize": context_size, "threads": threads, "gpuLayers": gpu_layers, "slots": slots}
+    body = {
+        "modelId": ref,
+        "contextSize": context_size,
+        "threads": threads,
+        "gpuLayers": gpu_layers,
+        "slots": slots,
+        "batch": batch,
+        "keepAlive": keep_alive,
+    }
     found = context.client().post("/api/ai/serve", body, timeout=LONG_S)
     limits = f"{found['context']} tokens, {found['slots']} chats at once"
     context.show(found, lambda: f"serving #{found['code']} {safe(found['name'])}: {limits}")

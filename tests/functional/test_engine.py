@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,89 +17,32 @@ import pytest_asyncio
 
 from daemon.config import Engine as Settings
 from daemon.engine.host import EngineHost
-from daemon.engine.interface import ChatRequest, Delta, Provider, Sampling, ServeOptions, Usage
+from daemon.engine.interface import Delta, ServeOptions, Usage
 from daemon.engine.process import WorkerProcess
-from daemon.errors import Busy, InferenceError, ModelLoadError, NoMemory, NotFound, Unavailable, UsageError
+from daemon.errors import Busy, ModelLoadError, UsageError
+from tests.functional.engines import KEY, File, alive, answer, ask, load, nothing, until, worker_of
 from tests.unit.gguf_files import I8, METADATA, STRING, header, padded, tiny_gguf, with_template
 
-KEY = "ab" * 32
 REPO = Path(__file__).parent.parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
-Load = Callable[..., Awaitable[EngineHost]]
-
-
-class Exits:
-    """What `on_exit` was told."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, str]] = []
-
-    def __call__(self, key: str, reason: str) -> None:
-        self.seen.append((key, reason))
-
-
-@pytest.fixture
-def exits() -> Exits:
-    return Exits()
-
-
 @pytest_asyncio.fixture
-async def engine(tmp_path: Path, exits: Exits) -> AsyncIterator[EngineHost]:
-    host = EngineHost(Settings(threads=1, context=2048), tmp_path / "logs", exits, queue=4)
+async def engine(tmp_path: Path) -> AsyncIterator[EngineHost]:
+    host = EngineHost(Settings(threads=1, context=2048), tmp_path / "logs", nothing, queue=4)
     yield host
     await host.close()
 
 
-async def load(engine: EngineHost, path: Path, **options: Any) -> Provider:
-    await engine.load(KEY, path, ServeOptions(**options))
-    return engine.provider(KEY)
-
-
-def ask(content: str = "Tell me a story about a lighthouse.", **options: Any) -> ChatRequest:
-    return ChatRequest(({"role": "user", "content": content},), Sampling(**{"temperature": 0.0, "max_tokens": 24, **options}))
-
-
-async def answer(provider: Provider, request: ChatRequest) -> tuple[str, Delta]:
-    deltas = [delta async for delta in provider.generate(request)]
-    assert deltas[-1].finish is not None and deltas[-1].usage is not None
-    assert all(delta.finish is None and delta.text for delta in deltas[:-1])
-    return "".join(delta.text for delta in deltas), deltas[-1]
-
-
-async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        await asyncio.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # A zombie that its parent has not collected yet has ended all the same.
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return True
-
-
 async def test_an_answer_streams(engine: EngineHost, model_file: Path) -> None:
-    served = await engine.load(KEY, model_file, ServeOptions(slots=3))
+    served = await engine.keep(KEY, File(model_file), ServeOptions(slots=3))
     assert (served.context, served.slots, served.free_slots) == (2048, 3, 3)
     assert served.tokens_per_second > 0
-    assert served.options == ServeOptions(context=2048, threads=1, gpu_layers=-1, slots=3)
-    assert alive(served.pid) and engine.served() == {KEY: served}
-    deltas = [delta async for delta in engine.provider(KEY).generate(ask(max_tokens=12))]
+    assert served.options == ServeOptions(context=2048, threads=1, gpu_layers=-1, slots=3, batch=512, keep_alive=300)
+    assert alive(served.pid) and engine.models()[KEY].pid == served.pid
+    deltas = [delta async for delta in engine.provider(KEY, File(model_file)).generate(ask(max_tokens=12))]
     assert len(deltas) > 6
     assert deltas[-1].finish == "length"
     assert deltas[-1].usage is not None and deltas[-1].usage.completion_tokens == 12 and deltas[-1].usage.prompt_tokens > 20
-
-
-async def test_a_model_that_is_loaded_stays_as_it_is(engine: EngineHost, model_file: Path) -> None:
-    first, again = await asyncio.gather(*(engine.load(KEY, model_file, ServeOptions(slots=slots)) for slots in (1, 2)))
-    assert first.pid == again.pid and again.slots == 1
 
 
 async def test_two_chats_are_answered_at_once(engine: EngineHost, model_file: Path) -> None:
@@ -113,20 +53,20 @@ async def test_two_chats_are_answered_at_once(engine: EngineHost, model_file: Pa
         async for delta in provider.generate(ask(f"Count the {number} birds.", max_tokens=40)):
             order.append(number)
             if not delta.finish:
-                assert engine.served()[KEY].free_slots <= 1
+                assert engine.models()[KEY].free_slots <= 1
 
     await asyncio.gather(follow(1), follow(2))
     assert 2 in order[: order.index(1) + 20] and 1 in order[: order.index(2) + 20]
-    assert engine.served()[KEY].free_slots == 2
+    assert engine.models()[KEY].free_slots == 2
 
 
 async def test_a_closed_iterator_cancels_the_answer(engine: EngineHost, model_file: Path) -> None:
     provider = await load(engine, model_file, slots=1)
     endless = provider.generate(ask("Count from 1 to 1000.", max_tokens=None))
     assert (await anext(endless)).text
-    assert engine.served()[KEY].free_slots == 0
+    assert engine.models()[KEY].free_slots == 0
     await endless.aclose()  # type: ignore[attr-defined]  # every async generator has it
-    assert engine.served()[KEY].free_slots == 1
+    assert engine.models()[KEY].free_slots == 1
     # The only slot: this would wait for the rest of 2048 tokens if the first answer went on.
     _, last = await asyncio.wait_for(answer(provider, ask(max_tokens=2)), 10)
     assert last.usage is not None and last.usage.completion_tokens <= 2
@@ -135,7 +75,7 @@ async def test_a_closed_iterator_cancels_the_answer(engine: EngineHost, model_fi
 async def test_more_chats_than_slots_wait_and_then_are_too_many(engine: EngineHost, model_file: Path) -> None:
     provider = await load(engine, model_file, slots=1)  # and a queue of 4
     waiting = [asyncio.create_task(answer(provider, ask(f"Name {n} colours.", max_tokens=8))) for n in range(5)]
-    await until(lambda: engine._loaded[KEY].worker.active == 5)
+    await until(lambda: worker_of(engine).active == 5)
     with pytest.raises(Busy, match="running or waiting"):
         await answer(provider, ask())
     assert len(await asyncio.gather(*waiting)) == 5
@@ -155,7 +95,7 @@ async def test_an_answer_ends_before_its_stop_string(engine: EngineHost, model_f
 async def test_the_same_seed_gives_the_same_answer(tmp_path: Path, model_file: Path, options: dict[str, Any]) -> None:
     answers = []
     for _ in range(2):
-        host = EngineHost(Settings(threads=1, context=512), tmp_path, Exits())
+        host = EngineHost(Settings(threads=1, context=512), tmp_path, nothing)
         try:
             answers.append(await answer(await load(host, model_file), ask(**options)))
         finally:
@@ -200,7 +140,7 @@ async def test_a_conversation_that_does_not_fit_is_refused_before_it_starts(engi
     _, last = await answer(provider, ask("Count from 1 to 1000.", max_tokens=None))
     assert last.usage is not None
     assert last.finish == "stop" or last.usage.prompt_tokens + last.usage.completion_tokens == 256
-    assert engine.served()[KEY].free_slots == 4
+    assert engine.models()[KEY].free_slots == 4
 
 
 async def test_chats_that_together_overflow_the_cache_are_all_answered(engine: EngineHost, model_file: Path) -> None:
@@ -209,102 +149,18 @@ async def test_chats_that_together_overflow_the_cache_are_all_answered(engine: E
     assert all(last.usage is not None and last.usage.completion_tokens for _, last in answers)
 
 
-async def test_a_killed_worker_is_an_error_and_never_a_short_answer(engine: EngineHost, exits: Exits, model_file: Path) -> None:
-    provider = await load(engine, model_file)
-    pid = engine.served()[KEY].pid
-    chats = [provider.generate(ask(max_tokens=None)) for _ in range(2)]
-    for chat in chats:
-        assert (await anext(chat)).text
-    os.kill(pid, signal.SIGKILL)
-    for chat in chats:
-        with pytest.raises(InferenceError, match="SIGKILL"):
-            async for delta in chat:
-                assert delta.finish is None
-    await until(lambda: bool(exits.seen))
-    assert exits.seen[0][0] == KEY and "SIGKILL" in exits.seen[0][1]
-    assert engine.served() == {}
-    with pytest.raises(NotFound):
-        engine.provider(KEY)
-    with pytest.raises(InferenceError):
-        await answer(provider, ask())
-    _, last = await answer(await load(engine, model_file), ask(max_tokens=2))
-    assert last.usage is not None
-
-
-async def test_unload_ends_the_process(engine: EngineHost, exits: Exits, model_file: Path) -> None:
-    provider = await load(engine, model_file)
-    worker = engine._loaded[KEY].worker
-    chat = provider.generate(ask(max_tokens=None))
-    assert (await anext(chat)).text
-    assert await engine.unload(KEY)
-    assert not alive(worker.pid) and not worker._folder.exists()
-    with pytest.raises(InferenceError, match="stopped"):
-        async for _ in chat:
-            pass
-    assert not await engine.unload(KEY)
-    assert exits.seen == []
-
-
-async def test_close_ends_a_load_too(engine: EngineHost, model_file: Path) -> None:
-    loading = asyncio.create_task(engine.load(KEY, model_file, ServeOptions()))
-    await until(lambda: engine._starting is not None)
-    await engine.close()
-    with pytest.raises(Unavailable, match="shutting down"):
-        await loading
-    with pytest.raises(Unavailable):
-        await engine.load(KEY, model_file, ServeOptions())
-    await engine.close()
-
-
-@linux
-async def test_a_cancelled_load_leaves_no_process(engine: EngineHost, model_file: Path) -> None:
-    loading = asyncio.create_task(engine.load(KEY, model_file, ServeOptions()))
-    await until(lambda: bool(children()))
-    loading.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await loading
-    await until(lambda: not children())
-    await engine.load(KEY, model_file, ServeOptions())
-
-
-def children() -> list[int]:
-    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in found if b"daemon.engine.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-async def test_a_model_too_large_for_memory_is_not_loaded(tmp_path: Path, model_file: Path) -> None:
-    for settings, free in ((Settings(), 200 << 20), (Settings(memory=200 << 20), 1 << 40)):
-        host = EngineHost(settings, tmp_path, Exits(), free_memory=functools.partial(int, free))
-        with pytest.raises(NoMemory, match=r"needs about \d+ MiB of memory, 200 MiB are available"):
-            await host.load(KEY, model_file, ServeOptions())
-        assert host.served() == {}
-        await host.close()
-
-
-async def test_the_memory_of_models_that_are_loaded_counts(tmp_path: Path, model_file: Path) -> None:
-    host = EngineHost(Settings(memory=500 << 20), tmp_path, Exits())
-    try:
-        await host.load(KEY, model_file, ServeOptions())
-        with pytest.raises(NoMemory):
-            await host.load("cd" * 32, model_file, ServeOptions())
-        await host.unload(KEY)
-        await host.load("cd" * 32, model_file, ServeOptions())
-    finally:
-        await host.close()
-
-
 @pytest.mark.parametrize("options", [{"context": 8193}, {"context": 1}, {"slots": 0}, {"slots": 65}, {"threads": 0}, {"threads": 10**6}])
 async def test_options_that_do_not_fit_are_refused(engine: EngineHost, model_file: Path, options: dict[str, int]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
-        await engine.load(KEY, model_file, ServeOptions(**options))
+        await engine.keep(KEY, File(model_file), ServeOptions(**options))
 
 
 async def test_a_file_that_llama_cpp_refuses_is_a_load_error(engine: EngineHost, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"llama\.cpp refused"):
-        await engine.load(KEY, tiny_gguf(tmp_path / "tiny.gguf"), ServeOptions())
+        await engine.keep(KEY, File(tiny_gguf(tmp_path / "tiny.gguf")), ServeOptions())
     (tmp_path / "page.gguf").write_text("<html>")
     with pytest.raises(UsageError, match="not a GGUF"):
-        await engine.load(KEY, tmp_path / "page.gguf", ServeOptions())
+        await engine.keep(KEY, File(tmp_path / "page.gguf"), ServeOptions())
 
 
 BOMBS = {
@@ -321,8 +177,8 @@ async def test_r14_a_template_bomb_ends_the_worker_and_nothing_else(engine: Engi
     path = tmp_path / "bomb.gguf"
     path.write_bytes(padded(header(metadata, [("w", (64,), I8, 0)])) + bytes(64))
     with pytest.raises(ModelLoadError, match="template"):
-        await engine.load(KEY, path, ServeOptions())
-    assert engine.served() == {}
+        await engine.keep(KEY, File(path), ServeOptions())
+    assert engine.models() == {}
 
 
 async def test_r14_a_bomb_that_waits_for_its_word_costs_one_answer(engine: EngineHost, tmp_path: Path, model_file: Path) -> None:
@@ -339,7 +195,7 @@ async def test_r13_a_template_that_wants_out_is_not_loaded(engine: EngineHost, t
     template = "{{ cycler.__init__.__globals__.os.system('true') }}"
     path = await asyncio.to_thread(with_template, model_file, tmp_path / "escape.gguf", template)
     with pytest.raises(ModelLoadError, match=r"template cannot be used.*(sandbox|fails)"):
-        await engine.load(KEY, path, ServeOptions())
+        await engine.keep(KEY, File(path), ServeOptions())
 
 
 async def test_a_worker_that_dies_at_its_first_decode_names_the_build(
@@ -354,14 +210,14 @@ async def test_a_worker_that_dies_at_its_first_decode_names_the_build(
 
     monkeypatch.setattr(WorkerProcess, "_dispatch", crash)
     with pytest.raises(ModelLoadError, match=r"SIGILL at its first decode.*AMX.*mno-amx-tile"):
-        await engine.load(KEY, model_file, ServeOptions())
+        await engine.keep(KEY, File(model_file), ServeOptions())
 
 
 @linux
 async def test_a_worker_is_limited(engine: EngineHost, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWARMCTL_TOKEN", "secret")
     await load(engine, model_file)
-    worker = engine._loaded[KEY].worker
+    worker = worker_of(engine)
     process = Path(f"/proc/{worker.pid}")
     assert b"secret" not in (process / "environ").read_bytes()
     limits = (process / "limits").read_text()
@@ -373,9 +229,10 @@ async def test_a_worker_is_limited(engine: EngineHost, model_file: Path, monkeyp
 async def test_a_worker_does_not_outlive_a_killed_daemon(tmp_path: Path, model_file: Path) -> None:
     script = (
         "import asyncio, sys; from pathlib import Path; from daemon.config import Engine; from daemon.engine.host import EngineHost\n"
-        "from daemon.engine.interface import ServeOptions\n"
+        "from daemon.engine.interface import ServeOptions; from tests.functional.engines import File, nothing\n"
         "async def main():\n"
-        "    served = await EngineHost(Engine(), Path(sys.argv[2]), print).load('k', Path(sys.argv[1]), ServeOptions())\n"
+        "    engine = EngineHost(Engine(), Path(sys.argv[2]), nothing)\n"
+        "    served = await engine.keep('k', File(Path(sys.argv[1])), ServeOptions())\n"
         "    print(served.pid, flush=True)\n"
         "    await asyncio.sleep(600)\n"
         "asyncio.run(main())\n"

@@ -207,9 +207,9 @@ def test_a_folder_or_nothing_at_the_path_is_a_clear_error(tmp_path: Path) -> Non
 
 def test_memory_is_weights_and_kv_and_logits(tmp_path: Path) -> None:
     found = inspect(tiny_gguf(tmp_path / "tiny.gguf", 5000))
-    small, large = estimate_memory(found, 256, 1), estimate_memory(found, 512, 1)
-    assert large - small == 256 * 2 * 2 * (16 + 16) * 2  # tokens x layers x KV heads x (key + value) x f16
-    assert estimate_memory(found, 256, 2) - small == 4 * found.vocabulary
+    small, large = estimate_memory(found, 256, 1, 64), estimate_memory(found, 512, 1, 64)
+    assert large - small == 256 * 2 * 2 * (16 + 16) * 2 + 64 * 256 * 2  # tokens x layers x KV heads x (key + value) x f16, and the mask
+    assert estimate_memory(found, 256, 2, 64) - small == 2 * 4 * found.vocabulary
     assert small > found.tensor_bytes
 
 
@@ -233,4 +233,4 @@ def test_a_mutated_file_is_read_or_refused_and_nothing_else(
             assert isinstance(error, UsageError)
         else:
             assert 0 <= found.tensor_bytes <= len(data)
-            assert estimate_memory(found, 4096, 4) > 0
+            assert estimate_memory(found, 4096, 4, 512) > 0
