@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -68,6 +68,7 @@ class Chat:
     on_error: Callable[[str], None]
     logprobs: int | None = None  # how many of the likeliest tokens to name; None: none, and not the drawn one either
     constraint: Constraint | None = None
+    marks: Mapping[int, bytes] = field(default_factory=dict)  # control tokens whose text is part of the answer
     cached: int | None = None  # tokens of the prompt that were in the KV cache; None: not looked up yet
     lookup: Lookup = field(init=False)
 
@@ -119,7 +120,7 @@ class Chat:
         self.sampler.accept(token)
         if self.constraint is not None:
             self.constraint.accept(token)
-        text, logprobs = self.text.push(vocabulary.piece(token), said)
+        text, logprobs = self.text.push(self.marks.get(token) or vocabulary.piece(token), said)
         if text or logprobs:
             self.on_text(text, logprobs)
         if self.text.stopped or (self.constraint is not None and self.constraint.done()):

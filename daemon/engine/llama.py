@@ -152,6 +152,19 @@ class Llama:
             self._pieces[token] = self._bytes(token, special=False)
         return self._pieces[token]
 
+    def spell(self, token: int) -> bytes:
+        """The bytes of `token`, also of a control token."""
+        return self._bytes(token, special=True)
+
+    def controls(self, token: int) -> bool:
+        return bool(C.llama_vocab_get_attr(self._vocab, token) & _CONTROL_OR_UNKNOWN)
+
+    def native_tokeniser(self) -> tuple[int, int]:
+        """The vocabulary and the function `llama_tokenize`, for native code that tokenises by itself, in whatever thread."""
+        function = ctypes.cast(C.llama_cpp._lib.llama_tokenize, ctypes.c_void_p).value
+        assert function is not None
+        return int(self._vocab), function
+
     def ends(self, token: int) -> bool:
         return bool(C.llama_vocab_is_eog(self._vocab, token))
 

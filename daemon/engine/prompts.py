@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from daemon.engine.chat import ChatTemplate, TemplateFailure, split
 from daemon.engine.interface import ChatRequest, CompletionRequest, EmbeddingRequest, Request
 from daemon.engine.isolation import TimedOut, limited
+from daemon.engine.tools import THINK, THOUGHT
 
 if TYPE_CHECKING:
     from daemon.engine.llama import Llama
@@ -25,8 +28,10 @@ class Refused(Exception):
 class Prompts:
     """Tokens for one loaded model. Everything here raises `Refused`."""
 
-    def __init__(self, llama: Llama, template: ChatTemplate) -> None:
+    def __init__(self, llama: Llama, template: ChatTemplate, memory: threading.Lock) -> None:
+        """`memory` is held while a template may use only so much: no other thread must need any then."""
         self._llama = llama
+        self._memory = memory
         self._template = template
         self._special = llama.special()
         self._control = llama.control_texts()
@@ -51,6 +56,10 @@ class Prompts:
         if unknown is not None:
             why = f"the model has no token {unknown}, only 0 to {self._llama.vocabulary - 1}"
             raise Refused("UsageError", what, why, "use this model's own tokens")
+
+    def thinking(self, tokens: Sequence[int]) -> bool:
+        """Whether the answer to this prompt begins inside of a thought."""
+        return b"".join(map(self._llama.spell, tokens[-8:])).rstrip().endswith(THINK.encode())
 
     def _given(self, what: str, tokens: Sequence[int]) -> list[int]:
         self.check(what, tokens)
@@ -82,14 +91,18 @@ class Prompts:
         told = "".join(message["content"] for message in request.messages if isinstance(message.get("content"), str))
         self._check_length("the conversation", told, self._llama.context)
         try:
-            with limited(TEMPLATE_SECONDS, TEMPLATE_MEMORY):
-                prompt = self._template.render(request.messages, self._special, self._control)
+            with self._memory, limited(TEMPLATE_SECONDS, TEMPLATE_MEMORY):
+                offered = () if request.tool_choice == "none" else request.tools
+                prompt = self._template.render(request.messages, self._special, self._control, offered)
         except TemplateFailure as error:
             why, hint = str(error), "change the conversation or use another model"
             raise Refused("UsageError", "the model's chat template", why, hint) from None
         except TimedOut:
             why = f"it ran for more than {TEMPLATE_SECONDS:g} s"
             raise Refused("UsageError", "the model's chat template", why, "use another model") from None
+        if request.schema is not None or request.tool_choice == "required":
+            # The grammar begins with the answer: a thought that the template has begun ends before it.
+            prompt = re.sub(rf"{THINK}\s*$", f"{THINK}\n\n{THOUGHT}\n\n", prompt)
         self._check_length("the conversation", prompt, self._llama.context)
         tokens = self._begin(prompt)
         for text, control in split(prompt):

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
 
 from daemon.engine import codec
 from daemon.engine.chat import ChatTemplate, TemplateFailure
+from daemon.engine.grammar import GrammarRefused, Plan
+from daemon.engine.guiding import Guide, Told
 from daemon.engine.interface import CAPABILITIES, Capability, ChatRequest, Delta, EmbeddingRequest, Embeddings, Request
 from daemon.engine.isolation import TimedOut, leave_network, limit_process, limited
 from daemon.engine.prompts import TEMPLATE_MEMORY, TEMPLATE_SECONDS, Prompts, Refused
@@ -24,6 +26,8 @@ from daemon.orphan import die_with_parent
 from registry.errors import Malformed
 
 if TYPE_CHECKING:
+    from daemon.engine.answering import Chat
+    from daemon.engine.constraint import Ready
     from daemon.engine.llama import Llama
 
 _WARM_UP: Final = 32  # tokens; a batch and single tokens take different kernels, and both must work
@@ -44,7 +48,10 @@ class Worker:
         self._target = target
         self._llama = llama
         self._stops = template.stops
-        self._prompts = Prompts(llama, template)
+        memory = threading.Lock()
+        self._prompts = Prompts(llama, template, memory)
+        self._guide = Guide(llama, template.calls, memory)
+        self._planned: dict[int, tuple[Chat, Plan]] = {}  # until its grammar is ready
         self._deltas: list[tuple[int, codec.Json]] = []
         self.tokens_per_second, row_cost = warm_up(llama)
         self._scheduler = Scheduler(llama, load["slots"], row_cost)
@@ -72,7 +79,10 @@ class Worker:
                 self._refuse(message["id"], *error.args)
             except Malformed as error:
                 self._refuse(message["id"], "UsageError", "the request", str(error), "")
+        elif message["type"] == "grammar":
+            self._follow(message["id"], message["found"])
         elif message["type"] == "cancel":
+            self._planned.pop(message["id"], None)
             self._scheduler.cancel(message["id"])
             self._texts.cancel(message["id"])
         elif message["type"] == "threads":
@@ -91,24 +101,42 @@ class Worker:
             self._texts.submit(Texts(request_id, self._prompts.texts(request), lambda found: self._answer(request_id, found)))
             return
         sampling = request.sampling
+        plan = self._guide.plan(request) if isinstance(request, ChatRequest) else None
         self._prompts.check("logit_bias", list(sampling.logit_bias))
         tokens = self._prompts.read(request)
         room = self._llama.context - len(tokens)
         seed = int.from_bytes(os.urandom(8)) if sampling.seed is None else sampling.seed % 2**64
-        self._scheduler.submit(
-            Chat(
-                id=request_id,
-                tokens=tokens,
-                prompt=len(tokens),
-                limit=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
-                sampler=Sampler(sampling, seed),
-                text=AnswerText([*sampling.stop, *(self._stops if isinstance(request, ChatRequest) else ())]),
-                on_text=lambda text, logprobs: tell(Delta(text=text, logprobs=logprobs)),
-                on_end=lambda finish, usage: tell(Delta(finish=finish, usage=usage)),
-                on_error=lambda why: self._refuse(request_id, "InferenceError", "the answer", why, "ask in another way"),
-                logprobs=sampling.logprobs,
-            )
+        parser = self._guide.parser(request, self._prompts.thinking(tokens)) if isinstance(request, ChatRequest) else None
+        told = Told(tell, parser)
+        chat = Chat(
+            id=request_id,
+            tokens=tokens,
+            prompt=len(tokens),
+            limit=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+            sampler=Sampler(sampling, seed),
+            text=AnswerText([*sampling.stop, *(self._stops if isinstance(request, ChatRequest) else ())]),
+            on_text=told.text,
+            on_end=told.end,
+            on_error=lambda why: self._refuse(request_id, "InferenceError", "the answer", why, "ask in another way"),
+            logprobs=sampling.logprobs,
+            marks=self._guide.marks if parser else {},
         )
+        if plan is None:
+            self._scheduler.submit(chat)
+        else:
+            self._planned[request_id] = chat, plan
+            self._guide.compile(plan, lambda found: self._inbox.put({"type": "grammar", "id": request_id, "found": found}))
+
+    def _follow(self, request_id: int, found: Ready | GrammarRefused) -> None:
+        """The grammar of an answer is ready, or will never be; nothing when nobody waits for that answer any more."""
+        if request_id not in self._planned:
+            return
+        chat, plan = self._planned.pop(request_id)
+        if isinstance(found, GrammarRefused):
+            self._refuse(request_id, *self._guide.refused(plan.what, found).args)
+        else:
+            chat.constraint = self._guide.constraint(plan, found, self._prompts.thinking(chat.tokens))
+            self._scheduler.submit(chat)
 
     def _answer(self, request_id: int, found: Embeddings) -> None:
         self._send(type="embeddings", id=request_id, embeddings=codec.dump_embeddings(found))
