@@ -137,13 +137,12 @@ def test_logit_bias(ai: openai.OpenAI) -> None:
 
 
 def test_tools_that_must_be_called(ai: openai.OpenAI) -> None:
-    choice: Any
-    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
-        answer = ai.chat.completions.create(
-            model="smol", messages=QUESTION, tools=[WEATHER], tool_choice=choice, temperature=0, max_tokens=200
-        )
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    more: Any
+    for more in ({"tool_choice": "required", "parallel_tool_calls": False}, {"tool_choice": named}):
+        answer = ai.chat.completions.create(model="smol", messages=QUESTION, tools=[WEATHER], temperature=0, max_tokens=200, **more)
         assert (answer.choices[0].finish_reason, answer.choices[0].message.content) == ("tool_calls", None)
-        called: Any = (answer.choices[0].message.tool_calls or [])[0]
+        [called] = [call for call in answer.choices[0].message.tool_calls or [] if call.type == "function"]
         arguments = json.loads(called.function.arguments)
         assert (called.function.name, arguments["city"] in ("Paris", "Rome"), 1 <= arguments["days"] <= 9) == ("get_weather", True, True)
     history: Any = [*QUESTION, answer.choices[0].message.model_dump(exclude_none=True)]

@@ -94,7 +94,7 @@ def test_tools() -> None:
     for choice in ("auto", "none", "required"):
         assert request(tools=[FUNCTION], tool_choice=choice).tool_choice == choice
     named = request(tools=[FUNCTION, OTHER], tool_choice={"type": "function", "function": {"name": "time"}})
-    assert (named.tool_choice, named.forced_tool) == ("required", "time")
+    assert (named.tool_choice, named.forced_tool, named.parallel_tool_calls) == ("required", "time", False)
 
 
 def test_response_format() -> None:

@@ -88,7 +88,8 @@ def chat(fields: Fields) -> AskedChat:
         tools=asked.tools,
         tool_choice=asked.choice,
         forced_tool=asked.forced,
-        parallel_tool_calls=fields.flag("parallel_tool_calls", True),
+        # Who names the function wants one call of it.
+        parallel_tool_calls=fields.flag("parallel_tool_calls", True) and asked.forced is None,
         schema=tools.response_format(fields),
     )
     for name in IGNORED:
