@@ -5,7 +5,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint bench clean
+.PHONY: help setup demo test test-fast lint bench bench-engine clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -30,7 +30,11 @@ test-fast: lint  ## the same without the functional tests: under a minute
 	$(BIN)/python -m pytest -n auto tests/unit
 
 bench: setup  ## publish and pull of a 1 GiB file beside ipfs and plain libtorrent
-	$(BIN)/python -m pytest tests/bench -s
+	$(BIN)/python -m pytest tests/bench/test_transfers.py -s
+
+bench-engine: setup  ## answers beside llama-server and llama_cpp.server (builds llama-server once, about seven minutes)
+	@$(BIN)/python .ci/bench.py
+	$(BIN)/python -m pytest tests/bench/test_engine.py -s
 
 clean:  ## remove what set-up and the tools made; the next run starts from nothing
 	rm -rf .venv .cache build dist *.egg-info

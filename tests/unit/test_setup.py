@@ -98,7 +98,7 @@ def test_the_rebuild_switches_every_amx_flag_off_and_bypasses_the_wheel_cache(
 
 
 def test_locks_are_pinned_hashed_and_name_no_index(setup: ModuleType) -> None:
-    for name in ("requirements.txt", "tools.txt", "model.txt"):
+    for name in ("requirements.txt", "tools.txt", "model.txt", "bench.txt", "gemma.txt"):
         text = (CI / name).read_text()
         requirements = re.findall(r"^([a-z0-9._-]+)(==\S+)?.*?\n((?:    --hash.*\n)*)", text, re.MULTILINE)
         assert requirements and all(version and hashes for _, version, hashes in requirements)
