@@ -97,6 +97,8 @@ class Compiler:
                 found: Ready | GrammarRefused = self.compile(grammar)
             except GrammarRefused as error:
                 found = error
+            except BaseException as error:  # also Rust's panics: those who wait behind this one must not wait for ever
+                found = GrammarRefused(f"it cannot be compiled: {type(error).__name__}")
             done(found)
 
     def _compile(self, grammar: str) -> Ready:

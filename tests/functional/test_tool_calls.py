@@ -104,15 +104,25 @@ async def test_with_tools_an_answer_may_be_text(engine: EngineHost, model_file: 
     assert without.text == plain.text and without.calls == []
 
 
-async def test_a_call_that_the_model_begins_by_itself_is_held_to_the_schema(engine: EngineHost, model_file: Path) -> None:
+async def test_a_model_that_sees_how_calls_are_made_begins_one_by_itself(engine: EngineHost, model_file: Path) -> None:
     provider = await load(engine, model_file)
-    # The model goes on with an answer that has just begun a call.
-    asked = question("How is Rome?", parallel_tool_calls=False, temperature=1.2)
-    begun = ({"role": "assistant", "content": "I will look. <tool_cal"},)
-    answer = await hear(provider, ChatRequest(asked.messages + begun, asked.sampling, tools=asked.tools))
-    assert answer.deltas[-1].usage is not None
-    # What the prompt holds is no part of the answer, so this is text to the parser; the engine must live with it.
-    assert alive(engine.models()[KEY].pid)
+    talk: list[dict[str, Any]] = []
+    for city, days in (("Oslo", 1), ("Rome", 2), ("Oslo", 3)):
+        function = {"name": "get_weather", "arguments": json.dumps({"city": city, "days": days})}
+        talk += [
+            {"role": "user", "content": f"How is {city}?"},
+            {"role": "assistant", "content": "", "tool_calls": [{"id": f"c{days}", "type": "function", "function": function}]},
+            {"role": "tool", "tool_call_id": f"c{days}", "content": "sunny"},
+            {"role": "assistant", "content": f"It is sunny in {city}."},
+        ]
+    talk.append({"role": "user", "content": "How is Rome?"})
+    asked = ChatRequest(tuple(talk), Sampling(temperature=0, max_tokens=80), tools=(WEATHER, TIME))
+    answer = await hear(provider, asked)
+    assert [call["name"] for call in answer.calls] == ["get_weather"] and answer.finish == "tool_calls"
+    assert follows(json.loads(answer.calls[0]["arguments"])) and answer.pieces > 1
+    assert "<tool_call>" not in answer.text
+    silent = await hear(provider, ChatRequest(asked.messages, asked.sampling, tools=asked.tools, tool_choice="none"))
+    assert silent.calls == []
 
 
 async def test_a_result_goes_back_to_the_model(engine: EngineHost, model_file: Path) -> None:
@@ -189,6 +199,12 @@ async def test_r_a_bad_schema_is_an_error_and_the_worker_lives(
         await hear(provider, question("x", (Tool("f", "", {**schema, "type": "nonsense"}),)))
     assert (await hear(provider, question("Who is Anna?", (), schema=PERSON))).finish == "stop"
     assert engine.models()[KEY].pid == before and alive(before)
+
+
+async def test_a_cut_call_ends_by_length_with_what_there_is(engine: EngineHost, model_file: Path) -> None:
+    provider = await load(engine, model_file)
+    answer = await hear(provider, question("How is Rome?", (WEATHER,), tool_choice="required", max_tokens=20))
+    assert answer.finish == "length" and answer.text + "".join(call["arguments"] for call in answer.calls)
 
 
 async def test_an_answer_that_is_cancelled_while_its_grammar_is_made_never_begins(engine: EngineHost, model_file: Path) -> None:
