@@ -55,8 +55,11 @@ HERMES: Final = Format(("<tool_call>", *_JSON_NAME), _JSON_ARGUMENTS, ("}", "</t
 LLAMA_3: Final = Format(_JSON_NAME, ('"', ",", '"parameters"', ":"), ("}",), opening=len(_JSON_NAME), alone=True)
 MISTRAL: Final = Format(("[TOOL_CALLS]", "[", *_JSON_NAME), _JSON_ARGUMENTS, ("}",), (",", *_JSON_NAME), ("]",))
 MISTRAL_ARGS: Final = Format(("[TOOL_CALLS]",), ("[ARGS]",), ())
-_DEEPSEEK_BEGIN, _DEEPSEEK_CALL, _DEEPSEEK_SEPARATOR = "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"  # noqa: RUF001
-_DEEPSEEK_TAIL, _DEEPSEEK_END = "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"  # noqa: RUF001
+# Their bars are wide ones, and their spaces are those of tokens.
+_DEEPSEEK_BEGIN, _DEEPSEEK_CALL, _DEEPSEEK_SEPARATOR, _DEEPSEEK_TAIL, _DEEPSEEK_END = (
+    f"<|{words}|>".replace("|", "\uff5c").replace(" ", "\u2581")
+    for words in ("tool calls begin", "tool call begin", "tool sep", "tool call end", "tool calls end")
+)
 DEEPSEEK_3: Final = Format(
     (_DEEPSEEK_BEGIN, _DEEPSEEK_CALL, "function", _DEEPSEEK_SEPARATOR),
     ("```json",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,8 +26,8 @@ class Bytes:
 
     eos_token_id = END
     bos_token_id = None
-    tokens = [*(bytes([i]) for i in range(256)), b"\xff<end>", b"\xff[TOOL_CALLS]"]  # noqa: RUF012
-    special_token_ids = [END, MARK]  # noqa: RUF012
+    tokens: ClassVar = [*(bytes([i]) for i in range(256)), b"\xff<end>", b"\xff[TOOL_CALLS]"]
+    special_token_ids: ClassVar = [END, MARK]
 
     def __call__(self, text: bytes | str) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)
@@ -203,6 +203,13 @@ def test_half_a_character_in_a_schema_is_refused(compiler: Compiler) -> None:
 CITY = {"properties": {"city": {"$ref": "#/$defs/c"}}, "$defs": {"c": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
 WEATHER = Tool("weather", "", {"type": "object", **CITY})
 TOOLS = (WEATHER, Tool("now"), Tool("any.thing-2", "", {"additionalProperties": True}))
+
+
+def wide(text: str) -> str:
+    """DeepSeek's bars."""
+    return text.replace("|", "\uff5c")
+
+
 WRITTEN = {
     "hermes": (
         HERMES,
@@ -214,13 +221,13 @@ WRITTEN = {
     "mistral with args": (MISTRAL_ARGS, '[TOOL_CALLS]weather[ARGS]{"city": "Rome"}', "[TOOL_CALLS]now[ARGS]{}"),
     "deepseek 3": (
         DEEPSEEK_3,
-        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜>',  # noqa: RUF001
-        "\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜>",  # noqa: RUF001
+        wide('<|tool▁calls▁begin|><|tool▁call▁begin|>function<|tool▁sep|>weather\n```json\n{"city": "Rome"}\n```<|tool▁call▁end|>'),
+        wide("\n<|tool▁call▁begin|>function<|tool▁sep|>now\n```json\n{}\n```<|tool▁call▁end|>"),
     ),
     "deepseek 3.1": (
         DEEPSEEK_31,
-        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Rome"}<｜tool▁call▁end｜>',  # noqa: RUF001
-        "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>",  # noqa: RUF001
+        wide('<|tool▁calls▁begin|><|tool▁call▁begin|>weather<|tool▁sep|>{"city": "Rome"}<|tool▁call▁end|>'),
+        wide("<|tool▁call▁begin|>now<|tool▁sep|>{}<|tool▁call▁end|>"),
     ),
 }
 

@@ -37,6 +37,13 @@ FORMATS = {
     "deepseek 3": DEEPSEEK_3,
     "deepseek 3.1": DEEPSEEK_31,
 }
+
+
+def wide(text: str) -> str:
+    """DeepSeek's bars."""
+    return text.replace("|", "\uff5c")
+
+
 # What a model writes for two calls (or the one that its format has), without spaces that do not matter.
 ONE = f'{{"name":"weather","parameters":{ARGUMENTS}}}'
 CALLS = {
@@ -45,10 +52,14 @@ CALLS = {
     "llama 3": '{"name": "weather", "parameters": %s}',
     "mistral": '[TOOL_CALLS][{"name": "weather", "arguments": %s}, {"name": "f.x-2", "arguments": {}}]',
     "mistral with args": "[TOOL_CALLS]weather[ARGS]%s[TOOL_CALLS]f.x-2[ARGS]{}",
-    "deepseek 3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n%s\n```<｜tool▁call▁end｜>\n"  # noqa: RUF001
-    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f.x-2\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",  # noqa: RUF001
-    "deepseek 3.1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>%s<｜tool▁call▁end｜>"  # noqa: RUF001
-    "<｜tool▁call▁begin｜>f.x-2<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",  # noqa: RUF001
+    "deepseek 3": wide(
+        "<|tool▁calls▁begin|><|tool▁call▁begin|>function<|tool▁sep|>weather\n```json\n%s\n```<|tool▁call▁end|>\n"
+        "<|tool▁call▁begin|>function<|tool▁sep|>f.x-2\n```json\n{}\n```<|tool▁call▁end|><|tool▁calls▁end|>"
+    ),
+    "deepseek 3.1": wide(
+        "<|tool▁calls▁begin|><|tool▁call▁begin|>weather<|tool▁sep|>%s<|tool▁call▁end|>"
+        "<|tool▁call▁begin|>f.x-2<|tool▁sep|>{}<|tool▁call▁end|><|tool▁calls▁end|>"
+    ),
 }
 NAMES = ("weather", "f.x-2")
 
@@ -113,7 +124,7 @@ def test_arguments_come_as_they_grow_and_text_as_soon_as_it_is_certain() -> None
         (LLAMA_3, f"Here you are: {ONE}"),
         (LLAMA_3, '{"nam'),
         (MISTRAL, '[TOOL_CALLS] {"name": 1}'),
-        (DEEPSEEK_3, "<｜tool▁calls▁begin｜> none"),  # noqa: RUF001
+        (DEEPSEEK_3, wide("<|tool▁calls▁begin|> none")),
     ],
 )
 def test_what_only_looks_like_a_call_is_given_back_as_text(style: Format, text: str) -> None:
@@ -192,8 +203,8 @@ TALK: tuple[dict[str, Any], ...] = (
         ("{% if tools %}[AVAILABLE_TOOLS][TOOL_CALLS]", MISTRAL),
         ("{% if tools %}[TOOL_CALLS]{{ name }}[ARGS]", MISTRAL_ARGS),
         ("{% if tools is not none %}<|start_header_id|>ipython parameters", LLAMA_3),
-        ("{% if tools %}<｜tool▁calls▁begin｜>```json", DEEPSEEK_3),  # noqa: RUF001
-        ("{% if tools %}<｜tool▁calls▁begin｜>", DEEPSEEK_31),  # noqa: RUF001
+        (wide("{% if tools %}<|tool▁calls▁begin|>```json"), DEEPSEEK_3),
+        (wide("{% if tools %}<|tool▁calls▁begin|>"), DEEPSEEK_31),
         ("{% if tools %}<|channel|>commentary to=functions", None),
     ],
 )
