@@ -252,9 +252,10 @@ def _prepare(log: Path) -> tuple[Path, BinaryIO]:
 
 async def _spawn(folder: Path, output: BinaryIO) -> asyncio.subprocess.Process:
     environment = {
-        # By default the threads of a decode wait for each other by spinning. Where anything else wants a core they spin away
-        # the time that the others need: on 2 busy cores 1-2 tokens/s instead of 40-80. Costs little on idle ones.
-        "GOMP_SPINCOUNT": "0",
+        # By default the threads of a decode wait for each other by spinning, and where anything else wants a core they spin away
+        # the time that the others need: 1-3 tokens/s on 2 busy cores. Not to spin at all costs two thirds of the speed on idle
+        # ones, where the next operation of a graph follows within microseconds. So they spin for about as long as that.
+        "GOMP_SPINCOUNT": "1000",
         **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "TMPDIR": str(folder),
         # The same code that runs here, wherever the current folder is.
