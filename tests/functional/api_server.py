@@ -363,7 +363,7 @@ class World:
             "state": "ready", "node": NODE, "peer_id": None, "addresses": ["swarmctl://" + "ab" * 32], "api": self.url,
             "network": "loopback",
             "version": "0.1.0", "pid": os.getpid(), "started": "2026-11-21T10:00:00Z", "home": "/", "ipfs": ipfs, "bittorrent": bittorrent,
-            "models": 1, "serving": [], "transfers": 0,
+            "models": 1, "engine": [], "serving": [], "transfers": 0,
         }  # fmt: skip
 
     def own_offers(self) -> list[Offer]:

@@ -38,7 +38,7 @@ class Pair:
 
     def serve(self) -> None:
         """A serves the model, all slots are free, and B knows it. Serving what is served already changes nothing."""
-        call(self.a, "POST", "/api/ai/serve", {"modelId": self.code, "slots": SLOTS, "contextSize": 2048})
+        call(self.a, "POST", "/api/ai/serve", {"modelId": self.code, "slots": SLOTS, "contextSize": 2048, "keepAlive": -1})
         until(lambda: is_served(self.b, self.code) and free_slots(self.a) == SLOTS, "the model being served")
 
 
@@ -88,10 +88,74 @@ def test_a_model_that_is_served_is_listed_by_others_until_it_is_stopped(pair: Pa
     until(lambda: not is_served(pair.b, pair.code), "the end of serving")
     known = listed(pair.b, pair.code)
     assert known is not None and known["nodes"] == 1  # it is still held, and can be pulled
+    assert pair.b.fails("ask", "hello", pair.code).code == 5
+    assert pair.b.fails("ask", "hello").code == 5
     for asker in (pair.a, pair.b):
-        assert asker.fails("ask", "hello", pair.code).code == 5
-        assert asker.fails("ask", "hello").code == 5
         assert asker.fails("ask", "hello", "#aaaaaaa").code == 3
+
+
+def engine(node: Node) -> list[dict[str, Any]]:
+    """What `status` says of the models that are served or loaded."""
+    found: list[dict[str, Any]] = call(node, "GET", "/api/status")["engine"]
+    return found
+
+
+@pytest.mark.parametrize("which", ["no code", "code", "name", "cid"])
+def test_a_model_that_is_only_here_is_loaded_for_its_own_user_and_nobody_else(pair: Pair, which: str) -> None:
+    pair.a.run("stop", pair.code)
+    until(lambda: not is_served(pair.b, pair.code), "the end of serving")
+    words = {"no code": (), "code": ("#" + pair.code,), "name": (pair.model["name"],), "cid": (pair.model["cid"],)}[which]
+    assert pair.a.run("ask", "Hello!", *words, *SHORT)["answered_by"] == pair.a.status["node"]
+    [loaded] = engine(pair.a)
+    assert (loaded["code"], loaded["state"], len(workers(pair.a))) == (pair.code, "loaded", 1)
+    assert loaded["memory"] > pair.model["size"] and loaded["tokens_per_second"] > 0 and loaded["expires"]
+    assert pair.a.run("status")["serving"] == [] and not is_served(pair.a, pair.code)
+    assert [model["id"] for model in call(pair.a, "GET", "/v1/models")["data"]] == [pair.code]
+    assert pair.b.fails("ask", "Hello!", pair.code).code == 5
+
+
+def test_a_model_of_a_blocked_publisher_is_not_loaded(pair: Pair) -> None:
+    pair.a.run("stop", pair.code)
+    key = pair.a.status["node"]
+    pair.a.run("trust", "block", key)
+    try:
+        refused = pair.a.fails("ask", "Hello!", pair.code)
+        assert refused.code == 8 and "blocked" in refused.error
+        assert pair.a.fails("ask", "Hello!").code == 5  # and never chosen
+        assert pair.a.fails("serve", pair.code).code == 8
+        assert workers(pair.a) == []
+    finally:
+        pair.a.run("trust", "remove", key)
+
+
+def test_an_idle_model_stays_served_and_is_loaded_by_the_next_question(pair: Pair) -> None:
+    pair.a.run("serve", pair.code, "--keep-alive", "0.1s")
+    until(lambda: workers(pair.a) == [], "the end of the worker")
+    [idle] = engine(pair.a)
+    assert (idle["state"], idle["pid"], idle["memory"], idle["expires"]) == ("idle", None, 0, None)
+    assert (idle["slots"], idle["free_slots"], idle["context"]) == (SLOTS, SLOTS, 2048) and idle["tokens_per_second"] > 0
+    assert is_served(pair.b, pair.code) and free_slots(pair.a) == SLOTS
+    assert ask(pair.b, "Hello!")[0].strip()
+    table = pair.a.start("status").communicate(timeout=60)[0]
+    assert "tokens/s" in table and pair.model["name"] in table
+
+
+def test_what_is_served_is_served_after_a_restart_until_it_is_stopped(node: Callable[[str], Node], model_file: Path) -> None:
+    a = node("a").up("--ipfs-enabled", "false")
+    code = a.run("publish", str(model_file))["code"]
+    a.run("serve", code, "--slots", "3", "--context", "512", "--batch", "64", "--keep-alive", "always")
+    [before] = engine(a)
+    for end in (a.stop, a.kill):
+        end()
+        a.up("--ipfs-enabled", "false")
+        assert a.run("status")["serving"] == [code] and workers(a) == []
+        assert engine(a) == [{**before, "state": "idle", "pid": None, "memory": 0}]
+    assert a.run("ask", "Hello!", *SHORT)["text"].strip()
+    assert [(one["state"], one["slots"], one["context"], one["expires"]) for one in engine(a)] == [("loaded", 3, 512, None)]
+    a.run("stop", code)
+    a.stop()
+    a.up("--ipfs-enabled", "false")
+    assert a.run("status")["serving"] == [] and engine(a) == []
 
 
 @pytest.mark.parametrize("which", ["no code", "code", "name", "cid"])
@@ -195,8 +259,10 @@ def test_a_worker_killed_in_the_middle(pair: Pair) -> None:
         (worker,) = workers(pair.a)
         worker.kill()
         check_ends_in_error(asking, stream)
-    until(lambda: not is_served(pair.b, pair.code), "the end of serving")
-    assert pair.a.run("status")["serving"] == []
+    assert pair.a.run("status")["serving"] == [pair.code]
+    assert pair.a.run("ask", "Hello!", pair.code, *SHORT)["text"].strip()  # it waits for the next worker
+    [again] = engine(pair.a)
+    assert (again["state"], again["restarts"]) == ("loaded", 1) and "SIGKILL" in again["reason"]
     pair.serve()
     assert ask(pair.b, "Hello!")[0].strip()
 
@@ -249,7 +315,8 @@ def test_the_official_openai_client(pair: Pair) -> None:
         chunks = list(ai.chat.completions.create(model=pair.code, stream=True, stream_options={"include_usage": True}, **hello))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
         assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
-        assert chunks[-1].usage == whole.usage
+        # The second time the prompt is in the KV cache.
+        assert chunks[-1].usage is not None and chunks[-1].usage.total_tokens == whole.usage.total_tokens
         with pytest.raises(openai.NotFoundError):
             ai.chat.completions.create(model="gpt-4o", **hello)
         with pytest.raises(openai.NotFoundError):
