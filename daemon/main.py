@@ -47,6 +47,7 @@ from daemon.swarm.peers import PeerTable
 from daemon.swarm.relay import ChatServer
 from daemon.swarm.seal import SealKeys
 from daemon.swarm.serving import Serving
+from daemon.swarm.upstreams import Upstreams
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Patience, Sources
 from daemon.transfer.library import Library
@@ -136,6 +137,7 @@ class _Voice:
     http: aiohttp.ClientSession
     supervisor: Supervisor
     serving: Serving
+    upstreams: Upstreams
     offering: Offering
     peers: PeerTable
     answers: Answers
@@ -217,7 +219,9 @@ class _Daemon:
         engine = EngineHost(config.engine, config.home / "logs", lambda key: serving.changed(key))
         stack.push_async_callback(engine.close)
         serving = Serving(engine, has.library, has.ledger, self._changed)
-        offering = Offering(self._node, has.library, serving, has.torrents)
+        upstreams = Upstreams(self._node, config.network, self._changed)
+        stack.push_async_callback(upstreams.close)
+        offering = Offering(self._node, has.library, serving, upstreams, has.torrents)
         peers = PeerTable(has.ledger, own=self._node, clock=time.time, standing=has.trust.standing)
         await peers.open()
         answers = Answers(peers, offering.askable, offering.offers, ipfs=self._ipfs, http=http, clock=time.time)
@@ -247,7 +251,7 @@ class _Daemon:
         )
         self._announcer = announcer
         stack.push_async_callback(announcer.close)
-        return _Voice(http, supervisor, serving, offering, peers, answers, announcer)
+        return _Voice(http, supervisor, serving, upstreams, offering, peers, answers, announcer)
 
     async def _transfers(self, stack: AsyncExitStack, has: _Holdings, voice: _Voice) -> tuple[Transfers, Puller, Publisher]:
         config = self._config
@@ -310,11 +314,11 @@ class _Daemon:
 
         status = Status(
             config, version("swarmctl"), self._started, self._keeper, has.torrents, has.library, transfers, voice.serving,
-            voice.announcer, voice.supervisor,
+            voice.upstreams, voice.announcer, voice.supervisor,
         )  # fmt: skip
         services = Services(
-            library=has.library, pull=pull, publish=publish, transfers=transfers, serving=voice.serving, peers=voice.peers,
-            own_offers=voice.offering.offers,
+            library=has.library, pull=pull, publish=publish, transfers=transfers, serving=voice.serving,
+            upstreams=voice.upstreams, peers=voice.peers, own_offers=voice.offering.offers,
             announcer=voice.announcer, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,
         )  # fmt: skip
         app, host = create_app(services, self._home.token(), Sessions(config.api.session_timeout, time.time)), config.api.host

@@ -12,6 +12,7 @@ from daemon.ipfs.keeper import IpfsKeeper
 from daemon.supervise import Supervisor
 from daemon.swarm.announce import Announcer
 from daemon.swarm.serving import Serving
+from daemon.swarm.upstreams import Upstreams
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.library import Library
 from daemon.transfer.transfers import FINAL, Transfers
@@ -30,6 +31,7 @@ class Status:
         library: Library,
         transfers: Transfers,
         serving: Serving,
+        upstreams: Upstreams,
         announcer: Announcer,
         supervisor: Supervisor,
     ) -> None:
@@ -41,6 +43,7 @@ class Status:
         self._library = library
         self._transfers = transfers
         self._serving = serving
+        self._upstreams = upstreams
         self._announcer = announcer
         self._supervisor = supervisor
         self.api = ""  # known once the API listens
@@ -49,6 +52,7 @@ class Status:
         address = self._announcer.address()
         ipfs = await self._ipfs()
         served = [model.identity for model in self._library.models() if model.identity.blake3 in self._serving.served()]
+        serving = [codes.code_of_infohash_v2(identity.infohash_v2) for identity in served] + [one.code for one in self._upstreams.served()]
         engine = self._engine()
         restarting = any(model["state"] == "restarting" for model in engine)
         troubles = {name: loop.error for name, loop in self._supervisor.state().items() if loop.state != "running"}
@@ -67,7 +71,7 @@ class Status:
             "bittorrent": self._bittorrent(),
             "models": len(self._library.models()),
             "engine": engine,
-            "serving": [codes.short(codes.code_of_infohash_v2(identity.infohash_v2)) for identity in served],
+            "serving": [codes.short(code) for code in serving],
             "transfers": sum(transfer.state not in FINAL for transfer in self._transfers.all()),
             "troubles": troubles,
         }  # fmt: skip

@@ -143,7 +143,7 @@ def local_models(models: Sequence[Mapping[str, Any]]) -> str:
 def swarm_models(models: Sequence[Mapping[str, Any]]) -> str:
     columns = ("code", "name", "size", "nodes", "serving", "seeders/peers", "local")
     rows = [
-        (f"#{m['code']}", m["name"], size(m["size"]), str(m["nodes"]), yes(m["serving"]), f"{m['seeders']}/{m['peers']}", yes(m["local"]))
+        (f"#{m['code']}", m["name"], _size(m), str(m["nodes"]), yes(m["serving"]), f"{m['seeders']}/{m['peers']}", yes(m["local"]))
         for m in models
     ]
     return table(columns, rows, "nobody offers a model yet; swarmctl join ADDRESS makes nodes know each other")
@@ -152,17 +152,18 @@ def swarm_models(models: Sequence[Mapping[str, Any]]) -> str:
 def askable(models: Sequence[Mapping[str, Any]], current: Callable[[Mapping[str, Any]], bool]) -> str:
     """The models that are served now, the `current` one marked."""
     rows = [
-        ("*" if current(m) else "", f"#{m['code']}", m["name"], size(m["size"]), str(m["nodes"]), yes(m["local"]))
-        for m in models
-        if m["serving"]
+        ("*" if current(m) else "", f"#{m['code']}", m["name"], _size(m), str(m["nodes"]), yes(m["local"])) for m in models if m["serving"]
     ]
     return table(("", "code", "name", "size", "nodes", "local"), rows, "nobody serves a model now; swarmctl serve REF loads one here")
 
 
+def _size(model: Mapping[str, Any]) -> str:
+    """Of a model of the swarm; those behind an upstream are no bytes."""
+    return "upstream" if model["upstream"] else size(model["size"])
+
+
 def peers(found: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        (short_key(p["node"]), str(p["models"]), _codes(p["serving"]), from_now(p["expires"]), p["peer_id"] or "-") for p in found
-    ]
+    rows = [(short_key(p["node"]), str(p["models"]), _codes(p["serving"]), from_now(p["expires"]), p["peer_id"] or "-") for p in found]
     return table(("node", "models", "serving", "expires", "peer id"), rows, "no other nodes are known; swarmctl join ADDRESS")
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from aiohttp import web
 
-from daemon.api import body, sse, views
+from daemon.api import body, sse, upstreams, views
 from daemon.api.body import TEXT, Fields
 from daemon.api.services import Services, Transfer, services
 from daemon.engine.interface import ServeOptions
-from daemon.errors import Unserved, UsageError
+from daemon.errors import NotFound, Unserved, UsageError
 from registry.records import Model
 
 LONGEST_KEEP_ALIVE = 366 * 24 * 3600  # seconds; -1 is for ever
@@ -41,6 +41,7 @@ async def download(request: web.Request) -> web.StreamResponse:
     if len(given) != 1:
         raise UsageError("request", "needs exactly one of ref, url and magnetUri", body.HINT)
     known = services(request)
+    upstreams.refuse(known, given[0])
     return web.json_response(views.transfer(known, known.pull(given[0])), status=202)
 
 
@@ -67,7 +68,10 @@ async def transfer_events(request: web.Request) -> web.StreamResponse:
 
 
 async def serve(request: web.Request) -> web.StreamResponse:
-    fields = await body.fields(request)
+    fields, known = await body.fields(request), services(request)
+    elsewhere = fields.take("upstream")
+    if elsewhere is not None:
+        return web.json_response(await upstreams.serve(known, elsewhere, fields))
     wanted = fields.required_text("modelId")
     options = ServeOptions(
         context=fields.integer("contextSize", 64, 2**24),
@@ -78,22 +82,24 @@ async def serve(request: web.Request) -> web.StreamResponse:
         keep_alive=fields.number("keepAlive", -1, LONGEST_KEEP_ALIVE),
     )
     fields.done()
-    known = services(request)
-    model = known.library.find(wanted)
+    model = _local(known, wanted)
     worker = await known.serving.serve(model, options)
     return web.json_response(views.served(views.model(known, model), worker))
 
 
 async def stop_serving(request: web.Request) -> web.StreamResponse:
-    known = services(request)
-    model = known.library.find(_query(request, "modelId"))
+    known, wanted = services(request), _query(request, "modelId")
+    stopped = await upstreams.stop(known, wanted)
+    if stopped is not None:
+        return web.json_response(stopped)
+    model = known.library.find(wanted)
     await known.serving.stop(model)
     return web.json_response(views.model(known, model))
 
 
 async def remove(request: web.Request) -> web.StreamResponse:
     known = services(request)
-    model = known.library.find(_query(request, "modelId"))
+    model = _local(known, _query(request, "modelId"))
     before = views.model(known, model)
     await known.serving.stop(model)
     await known.library.remove(model)
@@ -102,7 +108,7 @@ async def remove(request: web.Request) -> web.StreamResponse:
 
 async def verify(request: web.Request) -> web.StreamResponse:
     known = services(request)
-    model = await known.library.check(known.library.find(_query(request, "modelId")))
+    model = await known.library.check(_local(known, _query(request, "modelId")))
     return web.json_response({**views.model(known, model), "verified": model.quarantined is None})
 
 
@@ -125,6 +131,15 @@ async def set_key(request: web.Request) -> web.StreamResponse:
 
 async def remove_key(request: web.Request) -> web.StreamResponse:
     return web.json_response(views.key(await services(request).trust.remove(_query(request, "key"))))
+
+
+def _local(known: Services, wanted: str) -> Model:
+    """The model of the library that `wanted` means. Raises `NotFound`, `Ambiguous` or `UsageError`."""
+    try:
+        return known.library.find(wanted)
+    except NotFound:
+        upstreams.refuse(known, wanted)
+        raise
 
 
 def _path(fields: Fields) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from daemon.api.services import KeyEntry, Services, Transfer
+from daemon.api.services import KeyEntry, Services, Transfer, Upstream
 from daemon.engine.interface import Served, Usage
 from registry import codes, refs, routing
 from registry.address import format_address
@@ -92,7 +92,14 @@ def swarm_model(known: SwarmModel) -> dict[str, Any]:
         "seeders": known.seeders,
         "peers": known.peers,
         "local": known.local,
+        "upstream": known.upstream,
     }
+
+
+def upstream(services: Services, served: Upstream) -> dict[str, Any]:
+    """A model of another server that is served here; as any model of the swarm, with its limits."""
+    [known] = (model for model in swarm_models(services) if model.cid == served.offer.cid)
+    return {**swarm_model(known), "context": served.offer.context_length, "slots": served.slots, "free_slots": served.free_slots}
 
 
 def peer(services: Services, item: Peer) -> dict[str, Any]:

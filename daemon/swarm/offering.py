@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from daemon.swarm.relay import LocalModel
 from daemon.swarm.serving import Serving
+from daemon.swarm.upstreams import Upstreams
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.library import Library
 from registry.records import Model, Offer
 
 
 class Offering:
-    def __init__(self, node: str, library: Library, serving: Serving, torrents: TorrentSession | None) -> None:
+    def __init__(self, node: str, library: Library, serving: Serving, upstreams: Upstreams, torrents: TorrentSession | None) -> None:
         self._node = node
         self._library = library
         self._serving = serving
+        self._upstreams = upstreams
         self._torrents = torrents
 
     def offers(self) -> list[Offer]:
-        """Every sound model, whether it is served or only held."""
-        return [self._offer(model) for model in self._library.models() if model.quarantined is None]
+        """Every sound model, whether it is served or only held, and those of other servers."""
+        held = [self._offer(model) for model in self._library.models() if model.quarantined is None]
+        return held + self._upstreams.offers()
 
     async def describe(self) -> list[Offer]:
         return self.offers()
@@ -30,7 +33,8 @@ class Offering:
     def askable(self) -> list[LocalModel]:
         """The models that this node's own user may ask: those that are only held are loaded then."""
         models = [model for model in self._library.models() if model.quarantined is None]
-        return [LocalModel(self._offer(model), self._serving.provider(model), self._serving.usable(model)) for model in models]
+        held = [LocalModel(self._offer(model), self._serving.provider(model), self._serving.usable(model)) for model in models]
+        return held + self._upstreams.local_models()
 
     def _offer(self, model: Model) -> Offer:
         identity = model.identity

@@ -41,7 +41,7 @@ from daemon.engine.interface import (
     Usage,
 )
 from daemon.errors import Busy, ContextOverflow, InferenceError, NotFound, SwarmError, UsageError
-from registry import refs
+from registry import refs, upstream
 from registry.errors import Malformed, NotVerified, Repeated
 from registry.records import Address, Announcement, GgufFacts, Identity, Model, Offer, Peer, Trust
 
@@ -183,6 +183,38 @@ class FakeServing:
         return self.running.pop(model.identity.blake3, None) is not None
 
     def served(self) -> dict[str, Served]:
+        return self.running
+
+
+@dataclass(frozen=True)
+class FakeUpstream:
+    offer: Offer
+    slots: int
+
+    @property
+    def free_slots(self) -> int:
+        return self.slots
+
+
+class FakeUpstreams:
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, str | None]] = []
+        self.running: list[FakeUpstream] = []
+
+    async def serve(self, url: str, model: str, key: str | None, slots: int | None) -> FakeUpstream:
+        self.asked.append((url, model, key))
+        if model == "unlisted":
+            raise NotFound(model, "the upstream does not list it", "choose one of its models")
+        self.running.append(FakeUpstream(upstream.offer(NODE, model, slots or 4), slots or 4))
+        return self.running[-1]
+
+    async def stop(self, served: FakeUpstream) -> None:
+        self.running.remove(served)
+
+    def find(self, text: str) -> FakeUpstream | None:
+        return next((one for one in self.running if text in (one.offer.name, one.offer.cid)), None)
+
+    def served(self) -> list[FakeUpstream]:
         return self.running
 
 
@@ -348,6 +380,7 @@ class World:
     def __init__(self, home: Path | None = None) -> None:
         self.library, self.serving, self.peers = FakeLibrary(), FakeServing(), FakePeers()
         self.transfers, self.answers, self.trust = FakeTransfers(home), FakeAnswers(home), FakeTrust()
+        self.upstreams = FakeUpstreams()
         self.sessions = Sessions(1800, lambda: time.time() + self.passed)
         self.passed = 0.0  # seconds by which time has moved on for sessions
         self.stopped = asyncio.Event()
@@ -373,12 +406,12 @@ class World:
                 m.identity.blake3 in self.serving.served(), seeders=1,
             )
             for m in self.library.models()
-        ]  # fmt: skip
+        ] + [one.offer for one in self.upstreams.running]  # fmt: skip
 
     def services(self) -> Services:
         return Services(
             library=self.library, pull=self.transfers.pull, publish=self.transfers.publish, transfers=self.transfers, serving=self.serving,
-            peers=self.peers, own_offers=self.own_offers,
+            upstreams=self.upstreams, peers=self.peers, own_offers=self.own_offers,
             announcer=FakeAnnouncer(), answers=self.answers, trust=self.trust, status=self.status, stop=self.stopped.set,
         )  # fmt: skip
 

@@ -185,6 +185,43 @@ async def test_serve_stop_and_remove(api: aiohttp.ClientSession) -> None:
         assert (await api.post("/api/ai/serve", json={"modelId": "tiny", **bad})).status == 400
 
 
+async def test_a_model_of_another_server_is_served_and_stopped_as_any(api: aiohttp.ClientSession, world: World) -> None:
+    upstream = {"url": "http://127.0.0.1:1/v1", "model": "great-1", "key": "sk-secret"}
+    answer = await api.post("/api/ai/serve", json={"upstream": upstream, "slots": 2})
+    served = await answer.json()
+    assert "sk-secret" not in await answer.text() and "127.0.0.1" not in await answer.text()
+    assert (served["name"], served["serving"], served["upstream"], served["slots"]) == ("great-1", True, True, 2)
+    assert (served["infohash"], served["magnet"], served["seeders"]) == (None, None, 0)
+    assert world.upstreams.asked == [("http://127.0.0.1:1/v1", "great-1", "sk-secret")]
+    models = await (await api.get("/api/swarm/models")).json()
+    assert [model["code"] for model in models if model["upstream"]] == [served["code"]]
+    assert served["code"] in [model["id"] for model in (await (await api.get("/v1/models")).json())["data"]]
+    for method, path, body in (
+        ("DELETE", "/api/ai/model", None), ("GET", "/api/ai/verify", None),
+        ("POST", "/api/ai/serve", {"modelId": "great-1"}), ("POST", "/api/ai/download", {"ref": "great-1"}),
+    ):  # fmt: skip
+        refused = await api.request(method, path, params=None if body else {"modelId": "great-1"}, json=body)
+        assert refused.status == 400 and "another server answers for it" in (await refused.json())["error"]["message"]
+    stopped = await (await api.delete("/api/ai/serve", params={"modelId": "great-1"})).json()
+    assert (stopped["code"], stopped["serving"]) == (served["code"], False) and world.upstreams.running == []
+    assert (await api.delete("/api/ai/serve", params={"modelId": "great-1"})).status == 404
+
+
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [
+        ({"upstream": {"url": "http://a", "model": "unlisted"}}, 404), ({"upstream": {"url": "http://a"}}, 400),
+        ({"upstream": {"model": "m"}}, 400),
+        ({"upstream": "http://a"}, 400), ({"upstream": {"url": "http://a", "model": "m", "x": 1}}, 400),
+        ({"upstream": {"url": "http://a", "model": "m"}, "modelId": "tiny"}, 400), ({"upstream": []}, 400),
+        ({"upstream": {"url": "http://a", "model": "m"}, "contextSize": 512}, 400), ({"upstream": {"url": 7, "model": "m"}}, 400),
+        ({"upstream": {"url": "http://a", "model": "m"}, "slots": 0}, 400),
+    ],
+)  # fmt: skip
+async def test_another_server_that_is_not_asked_for_properly(api: aiohttp.ClientSession, more: dict[str, Any], status: int) -> None:
+    assert (await api.post("/api/ai/serve", json=more)).status == status
+
+
 async def test_verify_and_fsck(api: aiohttp.ClientSession, world: World) -> None:
     assert (await (await api.get("/api/ai/verify", params={"modelId": "tiny"})).json())["verified"] is True
     world.library.held = [replace(MODEL, name="rotten")]

@@ -6,17 +6,22 @@ import asyncio
 import gzip
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
 from daemon.engine.interface import ChatRequest, Delta, EmbeddingRequest, Sampling
-from daemon.engine.upstream import Limits, UpstreamProvider, open_session
+from daemon.engine.upstream import Limits, UpstreamProvider
+from daemon.engine.upstream_reach import open_session
 from daemon.errors import Busy, ContextOverflow, InferenceError, ModelLoadError, NotFound, SwarmError, Unserved, UsageError
 from daemon.swarm.upstreams import Upstreams
+from tests.functional.asking import call, completion, events, free_slots, listed, request, token
+from tests.functional.nodes import Node
+from tests.functional.nodes import until as until_
 from tests.functional.swarm_nodes import swarm_node, until
 
 KEY = "sk-never-to-be-seen"
@@ -304,11 +309,30 @@ async def test_serving_and_stopping(server: Server) -> None:
         assert ours.find("small") is None and ours.find("a/b?") is None
         assert KEY not in repr(served) + repr(ours.local_models())
         again = await ours.serve(server.url, "great-1", None, None)
-        assert ours.served() == [again] and served.session.closed and server.keys[-1] is None
+        assert ours.served() == [again] and server.keys[-1] is None
+        with pytest.raises(InferenceError, match="not served here any more"):
+            await anext(served.provider.generate(QUESTION))
         await ours.stop(served)
         assert ours.served() == [again]
         await ours.stop(again)
-        assert ours.offers() == [] and again.session.closed
+        assert ours.offers() == []
+
+
+async def test_stopping_breaks_off_what_is_under_way(server: Server) -> None:
+    server.handler = server.streams(chunk("x"), hang=True)
+    async with upstreams() as (ours, _):
+        served = await ours.serve(server.url, "great-1", KEY, None)
+        deltas = served.provider.generate(QUESTION)
+        assert (await anext(deltas)).text == "x"
+        rest = asyncio.ensure_future(anext(deltas))
+        await asyncio.sleep(0)
+        await ours.stop(served)
+        async with asyncio.timeout(10):
+            await server.gone.wait()
+            with pytest.raises(InferenceError, match="not served here any more"):
+                await rest
+        with pytest.raises(InferenceError, match="not served here any more"):
+            await anext(served.provider.generate(QUESTION))
 
 
 async def test_what_is_not_listed_is_not_served(server: Server) -> None:
@@ -333,7 +357,7 @@ async def test_what_is_not_listed_is_not_served(server: Server) -> None:
         assert ours.find("vendor/great-2") is ours.find("vendor-great-2") is not None
 
 
-async def test_two_nodes_with_the_same_upstream_model_back_each_other_up(server: Server, tmp_path: Any) -> None:
+async def test_two_nodes_with_the_same_upstream_model_back_each_other_up(server: Server, tmp_path: Path) -> None:
     async with running() as other, swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b, swarm_node(tmp_path / "c") as c:
         async with upstreams() as (first, _), upstreams() as (second, _):
             for node, ours, theirs in ((a, first, server), (b, second, other)):
@@ -351,3 +375,119 @@ async def test_two_nodes_with_the_same_upstream_model_back_each_other_up(server:
             with pytest.raises(Unserved) as caught:
                 await c.answers.open(served.code, QUESTION)
             assert KEY not in str(caught.value) and "key" not in str(caught.value) and server.url not in str(caught.value)
+
+
+# -- another node as the upstream -----------------------------------------------------------------------------------------
+
+ALONE = ("--ipfs-enabled", "false")
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory, kubo_binary: Path, model_file: Path) -> Iterator[tuple[Node, Node, Node, str]]:
+    """`far` has the model, `near` serves it through far's own API, `asker` knows near alone."""
+    folder = tmp_path_factory.mktemp("chain")
+    far = Node(folder / "far", kubo_binary).up(*ALONE)
+    near = asker = None
+    try:
+        code = far.run("publish", str(model_file))["code"]
+        far.run("serve", code, "--context", "2048")
+        key = {"FAR_KEY": token(far), "WRONG_KEY": "sk-wrong", "EMPTY_KEY": " "}
+        near = Node(folder / "near", kubo_binary, key).up(*ALONE)
+        asker = Node(folder / "asker", kubo_binary).up(*ALONE)
+        asker.join(near)
+        yield far, near, asker, code
+    finally:
+        for node in (far, near, asker):
+            if node is not None:
+                node.stop()
+
+
+def test_another_node_is_an_upstream(chain: tuple[Node, Node, Node, str]) -> None:
+    far, near, asker, code = chain
+    url = far.status["api"]
+    for words, exit_code, why in (
+        (("--model", "nonsense"), 3, f"the upstream does not list it, but {code}"),
+        (("--model", code, "--key-env", "WRONG_KEY"), 7, "it refused the key"),
+        (("--model", code), 7, "it refused the key"),
+        (("--model", code, "--key-env", "EMPTY_KEY"), 2, "EMPTY_KEY"),
+        (("--model", code, "--key-env", "NO_KEY"), 2, "NO_KEY"),
+        (("--key-env", "FAR_KEY"), 2, "--model"),
+        (("--model", code, "--context", "512", "--key-env", "FAR_KEY"), 2, "`upstream` and `slots` alone"),
+    ):
+        key = () if "--key-env" in words or "nonsense" not in words else ("--key-env", "FAR_KEY")
+        failed = near.fails("serve", "--upstream", url, *words, *key)
+        assert failed.code == exit_code and why in failed.error, failed.stderr
+    assert near.fails("serve").code == 2 and near.fails("serve", code, "--upstream", url, "--model", code).code == 2
+
+    served = near.run("serve", "--upstream", url, "--model", code, "--key-env", "FAR_KEY", "--slots", "3")
+    mine = served["code"]
+    assert mine != code and (served["name"], served["slots"], served["upstream"], served["serving"]) == (code, 3, True, True)
+    assert near.run("status")["serving"] == [mine]
+    listed_ = until_(lambda: listed(asker, mine), "the announcement")
+    assert (listed_["serving"], listed_["upstream"], listed_["local"], listed_["seeders"], listed_["infohash"]) == (
+        True,
+        True,
+        False,
+        0,
+        None,
+    )
+
+    said = asker.run("ask", "What is the capital of France?", f"#{mine}", "--temperature", "0", "--max-tokens", "12")
+    direct = far.run("ask", "What is the capital of France?", f"#{code}", "--temperature", "0", "--max-tokens", "12")
+    assert (said["text"], said["finish_reason"]) == (direct["text"], direct["finish_reason"])
+    assert said["usage"]["completion_tokens"] == direct["usage"]["completion_tokens"] > 0
+    assert said["answered_by"] == near.status["node"] and direct["answered_by"] == far.status["node"]
+
+    body = {"messages": [{"role": "user", "content": "Say hi."}], "temperature": 0, "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+    whole = [call(node, "POST", "/v1/chat/completions", {"model": model, **body}) for node, model in ((asker, mine), (far, code))]
+    assert whole[0]["choices"][0]["message"]["content"] == whole[1]["choices"][0]["message"]["content"]
+    tokens_ = [[one["token"] for one in answer["choices"][0]["logprobs"]["content"]] for answer in whole]
+    assert tokens_[0] == tokens_[1] and len(tokens_[0]) == whole[0]["usage"]["completion_tokens"]
+    texts = [
+        call(node, "POST", "/v1/completions", {"model": model, "prompt": "One, two, three,", "temperature": 0, "max_tokens": 6})["choices"][
+            0
+        ]
+        for node, model in ((asker, mine), (far, code))
+    ]
+    assert texts[0] == texts[1] and texts[0]["text"]
+    vectors = [
+        call(node, "POST", "/v1/embeddings", {"model": model, "input": ["a cat", "a kitten"], "encoding_format": "float"})["data"]
+        for node, model in ((asker, mine), (far, code))
+    ]
+    for mine_, theirs in zip(*vectors, strict=True):
+        assert mine_["index"] == theirs["index"] and len(mine_["embedding"]) == len(theirs["embedding"])
+        assert all(abs(a - b) < 1e-3 for a, b in zip(mine_["embedding"], theirs["embedding"], strict=True))
+    with request(
+        asker, "POST", "/v1/chat/completions", {"model": mine, "messages": [{"role": "user", "content": "word " * 4000}]}
+    ) as response:
+        error = json.loads(response.read())["error"]
+        assert (response.status, error["code"]) == (400, "context_length_exceeded")
+
+    for node in (near, asker):
+        for words in (("pull", f"#{mine}"), ("pull", served["cid"]), ("rm", mine)):
+            if node is near or words[0] == "pull":
+                failed = node.fails(*words)
+                assert failed.code == 2 and ("there is no file" in failed.error), failed.error
+    secret = token(far).encode()
+    for path in near.home.rglob("*"):
+        assert not path.is_file() or secret not in path.read_bytes(), path
+    assert secret not in (near.home.parent / "near.log").read_bytes()
+
+    assert near.run("stop", code)["serving"] is False
+    assert near.run("status")["serving"] == []
+    until_(lambda: listed(asker, mine) is None, "the withdrawal")
+
+
+def test_leaving_an_answer_reaches_the_far_worker(chain: tuple[Node, Node, Node, str]) -> None:
+    far, near, asker, code = chain
+    mine = near.run("serve", "--upstream", far.status["api"], "--model", code, "--key-env", "FAR_KEY")["code"]
+    until_(lambda: listed(asker, mine), "the announcement")
+    before = free_slots(far)
+    with request(asker, "POST", "/v1/chat/completions", completion(mine)) as response:
+        next(events(response))
+        assert free_slots(far) == before - 1
+    until_(lambda: free_slots(far) == before, "the end of the far answer")
+    far.stop()
+    failed = asker.fails("ask", "hello", f"#{mine}")
+    assert failed.code in (5, 7) and token(far) not in failed.stderr and far.status["api"] not in failed.stderr
+    assert "Traceback" not in (near.home.parent / "near.log").read_text()
