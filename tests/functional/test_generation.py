@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from daemon.engine.answering import Chat
 from daemon.engine.gguf import inspect
 from daemon.engine.interface import (
     CAPABILITIES,
@@ -24,10 +25,14 @@ from daemon.engine.interface import (
     TokenLogprob,
     Usage,
 )
+from daemon.engine.llama import Llama, Row
 from daemon.engine.process import WorkerProcess
 from daemon.engine.protocol import Load
+from daemon.engine.sampling import Sampler
+from daemon.engine.scheduler import Scheduler
+from daemon.engine.text import AnswerText
 from daemon.errors import ContextOverflow, ModelLoadError, UsageError
-from tests.unit.gguf_files import I8, METADATA, STRING, header, padded, tiny_gguf
+from tests.unit.gguf_files import I8, METADATA, STRING, bert_gguf, header, padded, tiny_gguf
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # one worker for all: what one test asked is in the cache of the next
 COLOURS = "Red, green, blue, red, green, blue, red, green, blue, red,"
@@ -179,6 +184,39 @@ async def test_an_answer_that_repeats_itself_is_not_changed_by_guesses(worker: W
     assert {text for text, _, _ in together} == {alone}
 
 
+async def test_guesses_save_decodes_and_change_nothing(model_file: Path) -> None:
+    """In this process and with a made-up price of a row: on a small model guesses rarely pay, but they must be right wherever they do."""
+    load = Load(path=str(model_file), context=512, slots=1, threads=1, batch=64, gpu_layers=0, template=None)
+
+    def run(row_cost: float) -> tuple[str, int]:
+        llama = Llama(load)
+        decodes, text = 0, ""
+        decode = llama.decode
+
+        def counted(rows: Sequence[Row]) -> bool:
+            nonlocal decodes
+            decodes += 1
+            return decode(rows)
+
+        def said(more: str, _: object) -> None:
+            nonlocal text
+            text += more
+
+        llama.decode = counted  # type: ignore[method-assign]
+        tokens = llama.tokenise(COLOURS, control=False)
+        scheduler = Scheduler(llama, 1, row_cost)
+        sampling = Sampling(temperature=0)
+        chat = Chat(1, tokens, len(tokens), 80, Sampler(sampling, 1), AnswerText(()), said, lambda *_: None, lambda _: None)
+        scheduler.submit(chat)
+        while scheduler.busy:
+            scheduler.step()
+        return text, decodes
+
+    plain, steps = await asyncio.to_thread(run, 10.0)
+    guessed, fewer = await asyncio.to_thread(run, 0.02)
+    assert guessed == plain and steps == 80 and fewer < 40
+
+
 async def test_texts_become_vectors_of_their_meaning(worker: WorkerProcess) -> None:
     texts = ("A cat sleeps on the sofa.", "A kitten is sleeping on the couch.", "Interest rates rose by two percent.")
     found = await worker.embed(EmbeddingRequest(texts))
@@ -224,6 +262,23 @@ async def test_texts_that_cannot_be_embedded_are_refused(
 
 async def test_a_model_that_writes_can_do_everything(worker: WorkerProcess) -> None:
     assert worker.capabilities == CAPABILITIES
+
+
+async def test_a_model_that_only_embeds_says_so(tmp_path: Path) -> None:
+    worker = await start(bert_gguf(tmp_path / "bert.gguf"), tmp_path)
+    try:
+        assert worker.capabilities == {"embeddings"} and worker.context == 64
+        found = await worker.embed(EmbeddingRequest(("cat sofa", "the kitten", "cat sofa", (4, 6))))
+        vectors = [np.frombuffer(vector, "<f4") for vector in found.vectors]
+        assert found.prompt_tokens == 4 + 4 + 4 + 2 and len(vectors[0]) == 32
+        assert np.allclose(vectors[0], vectors[2], atol=1e-5) and not np.allclose(vectors[0], vectors[1], atol=0.1)
+        for request in (chat("Hi"), go_on("Hi")):
+            with pytest.raises(UsageError, match=r"it cannot do (chat|completions), only embeddings"):
+                await answer(worker, request)
+        with pytest.raises(ContextOverflow, match="64 can be embedded"):
+            await worker.embed(EmbeddingRequest(("cat " * 63,)))
+    finally:
+        await worker.stop()
 
 
 async def test_an_architecture_from_the_future_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import struct
 from collections.abc import Sequence
@@ -101,4 +102,53 @@ def tiny_gguf(path: Path, size: int = 4096, *, seed: int = 0, name: str = "Tiny"
             block = generator.randbytes(min(left, 1 << 20))
             file.write(block)
             left -= len(block)
+    return path
+
+
+BERT_WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "▁cat", "▁kitten", "▁sofa", "▁rate", "▁rose", "▁the")
+
+
+def bert_gguf(path: Path, *, context: int = 64) -> Path:
+    """A tiny BERT with random weights that llama.cpp runs: it embeds `BERT_WORDS`, whose rows are random too, and never writes."""
+    width, wide = 32, 64
+    metadata: list[Entry] = [
+        ("general.architecture", STRING, "bert"),
+        ("general.name", STRING, "Tiny BERT"),
+        ("bert.context_length", U32, context),
+        ("bert.embedding_length", U32, width),
+        ("bert.feed_forward_length", U32, wide),
+        ("bert.block_count", U32, 1),
+        ("bert.attention.head_count", U32, 4),
+        ("bert.attention.layer_norm_epsilon", F32, 1e-12),
+        ("bert.attention.causal", BOOL, False),
+        ("bert.pooling_type", U32, 1),
+        ("tokenizer.ggml.model", STRING, "bert"),
+        ("tokenizer.ggml.tokens", ARRAY, (STRING, list(BERT_WORDS))),
+        ("tokenizer.ggml.token_type", ARRAY, (I32, [3, 2, 3, 3, *[1] * (len(BERT_WORDS) - 4)])),
+        ("tokenizer.ggml.token_type_count", U32, 2),
+        *((f"tokenizer.ggml.{name}_token_id", U32, at) for at, name in enumerate(("padding", "unknown", "bos", "seperator"))),
+    ]
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (width, len(BERT_WORDS)),
+        "position_embd.weight": (width, context),
+        "token_types.weight": (width, 2),
+        **{f"blk.0.attn_{part}.weight": (width, width) for part in ("q", "k", "v", "output")},
+        "blk.0.ffn_up.weight": (width, wide),
+        "blk.0.ffn_down.weight": (wide, width),
+        **{
+            f"{norm}.{part}": (width,)
+            for norm in ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm")
+            for part in ("weight", "bias")
+        },
+    }
+    tensors: list[Tensor] = []
+    data = b""
+    generator = random.Random("bert")
+    for name, shape in shapes.items():
+        tensors.append((name, shape, 0, len(data)))
+        data += struct.pack(
+            f"<{math.prod(shape)}f", *(generator.gauss(1.0 if "norm.w" in name else 0.0, 0.3) for _ in range(math.prod(shape)))
+        )
+        data += bytes(-len(data) % ALIGNMENT)
+    path.write_bytes(padded(header(metadata, tensors)) + data)
     return path
