@@ -181,6 +181,25 @@ def test_the_order_in_which_offers_came_does_not_matter(offers: list[Offer], ran
         assert choice.offer.serving
 
 
+# -- what is only held here ---------------------------------------------------------------------------------------------
+
+
+def test_what_this_node_only_holds_comes_after_everybody_who_serves() -> None:
+    here = offer("me", "great", seeders=9, serving=False)
+    others = [offer("a", "great", serving=True), offer("b", "great", seeders=20, serving=False)]
+    found = candidates(others, wanted="great", local=[here])
+    assert [(choice.offer.node, choice.local) for choice in found if choice.offer.serving or choice.local] == [("a", False), ("me", True)]
+    assert [choice.offer.node for choice in candidates(others, wanted=None, local=[here])] == ["a"]
+
+
+def test_where_nobody_serves_any_the_model_here_with_the_most_seeders_is_asked() -> None:
+    mine = [offer("me", name, seeders=seeders, serving=False) for name, seeders in (("few", 2), ("many", 5))]
+    others = [offer("a", "elsewhere", seeders=50, serving=False), offer("b", "few", seeders=3, serving=False)]
+    found = candidates(others, wanted=None, local=mine)
+    assert [(choice.offer.name, choice.offer.node, choice.local) for choice in found] == [("many", "me", True)]
+    assert candidates(others, wanted=None) == []
+
+
 # -- models behind an upstream ------------------------------------------------------------------------------------------
 
 
