@@ -81,7 +81,7 @@ def ask(at: Node, *words: str, prompt: str | None = None) -> tuple[str, str]:
 
 def test_a_model_that_is_served_is_listed_by_others_until_it_is_stopped(pair: Pair) -> None:
     model = {name: pair.model[name] for name in ("name", "size", "code", "cid", "infohash", "infohash_v2", "magnet", "manifest")}
-    assert listed(pair.b, pair.code) == {**model, "serving": True, "nodes": 1, "seeders": 1, "peers": 0, "local": False}
+    assert listed(pair.b, pair.code) == {**model, "serving": True, "nodes": 1, "seeders": 1, "peers": 0, "local": False, "upstream": False}
     (worker,) = workers(pair.a)
     assert pair.a.run("stop", pair.code)["serving"] is False
     assert ended(worker)
