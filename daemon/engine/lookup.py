@@ -30,6 +30,8 @@ class Lookup:
 
     def guess(self, threshold: float) -> list[int]:
         """What may follow, as far as it is likely enough: 0 to `MOST` tokens. `threshold`: see `price`."""
+        if threshold * _MARGIN >= 1:
+            return []  # not even certain ones
         self._catch_up()
         if self._source is None:
             return []

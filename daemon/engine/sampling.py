@@ -21,6 +21,7 @@ Tokens = NDArray[np.intp]
 
 _FORBIDDEN: Final = -100.0  # a bias from here on leaves no chance at all
 _COLUMN: Final = 64  # values of which one maximum is taken to find the largest values of all
+_PART: Final = 512
 _LEAST: Final = -1e9  # a logprob of minus infinity is no JSON
 
 
@@ -55,9 +56,11 @@ class Sampler:
         if self._sampling.temperature <= 0:
             return likeliest
         candidates = self._candidates(logits)
-        scaled = logits[candidates].astype(np.float64) / self._sampling.temperature
-        chances = np.exp(scaled - scaled.max()).cumsum()
-        return int(candidates[chances.searchsorted(self._random.random() * chances[-1], side="right")])
+        values = logits if candidates is None else logits[candidates]
+        weights = values - logits[likeliest]
+        weights /= np.float32(self._sampling.temperature)
+        drawn = _choose(np.exp(weights, out=weights), self._random.random())
+        return drawn if candidates is None else int(candidates[drawn])
 
     def _adjusted(self, logits: Logits) -> Logits:
         logits = logits.copy()
@@ -71,29 +74,45 @@ class Sampler:
             logits[tokens] = values - counts * sampling.frequency_penalty - sampling.presence_penalty
         return logits
 
-    def _candidates(self, logits: Logits) -> Tokens:
-        """The tokens that top_k, top_p and min_p leave; never none."""
+    def _candidates(self, logits: Logits) -> Tokens | None:
+        """The tokens that top_k, top_p and min_p leave, which is at least one; None: all."""
         sampling = self._sampling
         found = largest(logits, sampling.top_k) if 0 < sampling.top_k < len(logits) else None
         if sampling.top_p < 1:
             found = _nucleus(logits, found, sampling.top_p)
         if sampling.min_p > 0:
-            least = logits.max() + math.log(sampling.min_p)
-            found = np.flatnonzero(logits >= least) if found is None else found[logits[found] >= least]
-        return np.flatnonzero(logits > -np.inf) if found is None else found
+            values = logits if found is None else logits[found]
+            likely = values >= values.max() + math.log(sampling.min_p)
+            found = np.flatnonzero(likely) if found is None else found[likely]
+        return found
+
+
+def _choose(weights: Logits, chance: float) -> int:
+    """The place at which the running sum of `weights` passes `chance` of the whole. Sums of parts come first: one over all is slow."""
+    parts = len(weights) // _PART
+    sums = weights[: parts * _PART].reshape(parts, _PART).sum(axis=1)
+    ends = np.append(sums, weights[parts * _PART :].sum()).cumsum(dtype=np.float64)
+    wanted = chance * ends[-1]
+    part = min(int(ends.searchsorted(wanted, side="right")), parts)
+    inside = weights[part * _PART : (part + 1) * _PART].cumsum(dtype=np.float64)
+    place = int(inside.searchsorted(wanted - (ends[part - 1] if part else 0.0), side="right"))
+    if place < len(inside) and weights[part * _PART + place] > 0:
+        return part * _PART + place
+    # Two sums of the same numbers may differ in their last bit.
+    return int(np.flatnonzero(weights[: (part + 1) * _PART])[-1])
 
 
 def _nucleus(logits: Logits, among: Tokens | None, top_p: float) -> Tokens:
     """The fewest likeliest tokens that have `top_p` of the probability together. `among` is sorted, likeliest first."""
     values = logits if among is None else logits[among]
-    chances = np.exp((values - values.max()).astype(np.float64 if among is not None else np.float32))
-    chances /= chances.sum(dtype=np.float64)
+    chances = np.exp(values - values.max())
+    total = chances.sum(dtype=np.float64)
     if among is None:
         # All tokens below this have less than 1 - top_p together, so none of them is needed.
-        among = np.flatnonzero(chances >= (1 - top_p) / len(chances))
+        among = np.flatnonzero(chances >= (1 - top_p) / len(chances) * total)
         order = np.argsort(-chances[among], kind="stable")
         among, chances = among[order], chances[among][order]
-    return among[: int(chances.cumsum(dtype=np.float64).searchsorted(top_p)) + 1]
+    return among[: int(chances.cumsum(dtype=np.float64).searchsorted(top_p * total)) + 1]
 
 
 def largest(logits: Logits, count: int) -> Tokens:
@@ -103,8 +122,13 @@ def largest(logits: Logits, count: int) -> Tokens:
         found = np.arange(len(logits))
     else:
         # At least `count` values reach the `count`-th largest of the maxima of disjoint parts: an exact bound, and cheap.
-        maxima = logits[: columns * _COLUMN].reshape(_COLUMN, columns).max(axis=0)
-        found = np.flatnonzero(logits >= np.partition(maxima, columns - count)[columns - count])
+        grid = logits[: columns * _COLUMN].reshape(_COLUMN, columns)
+        maxima = grid.max(axis=0)
+        bound = np.partition(maxima, columns - count)[columns - count]
+        promising = np.flatnonzero(maxima >= bound)
+        lines, places = np.nonzero(grid[:, promising] >= bound)
+        found = np.concatenate((lines * columns + promising[places], np.arange(columns * _COLUMN, len(logits))))
+        found.sort()
     return found[np.argsort(-logits[found], kind="stable")[:count]]
 
 
