@@ -28,6 +28,7 @@ class Texts:
     id: int
     texts: list[list[int]]
     on_end: Callable[[Embeddings], None]
+    on_error: Callable[[str], None]
     vectors: list[bytes] = field(default_factory=list)
 
 
@@ -49,6 +50,10 @@ class EmbeddingQueue:
 
     def cancel(self, request_id: int) -> None:
         self._waiting = deque(texts for texts in self._waiting if texts.id != request_id)
+
+    def fail(self, why: str) -> None:
+        """The request that had its turn cannot be answered."""
+        self._waiting.popleft().on_error(why)
 
     def step(self) -> None:
         """One decode of as many texts of the first request as fit a batch."""

@@ -97,6 +97,7 @@ class Llama:
         self._memory = C.llama_get_memory(self._context)
         self.writes = bool(C.llama_model_has_decoder(self._model) and self._memory)
         self.batch = int(C.llama_n_batch(self._context))
+        self.width = int(C.llama_model_n_embd_out(self._model))  # numbers in a vector of a text
         self.longest_text = min(self.batch, int(C.llama_model_n_ctx_train(self._model)))
         self.context = int(C.llama_n_ctx(self._context)) if self.writes else self.longest_text
         self._rows = _Batch(self.batch)
@@ -218,14 +219,15 @@ class Llama:
     def embed(self, texts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """One vector of length 1 for each text, in one decode: at most `TEXTS` texts and `batch` tokens together."""
         if self._embedder is None:
-            self._embedder = _Embedder(self._model, self.batch, self._threads)
+            self._embedder = _Embedder(self._model, self.width, self.batch, self._threads)
         return self._embedder.embed(texts)
 
 
 class _Embedder:
     """A second context on the same model, because one context either writes or embeds. Made when it is first needed."""
 
-    def __init__(self, model: int, batch: int, threads: int) -> None:
+    def __init__(self, model: int, width: int, batch: int, threads: int) -> None:
+        self._width = width
         self._rows = _Batch(batch)
         params = C.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = batch  # a text that is pooled must be in one batch
@@ -239,8 +241,10 @@ class _Embedder:
             self._context = C.llama_init_from_model(model, params)
         if not self._context:
             raise LlamaError(_LOG.why("could not make a context for embeddings"))
+        if C.llama_pooling_type(self._context) == C.LLAMA_POOLING_TYPE_RANK:
+            C.llama_free(self._context)
+            raise LlamaError("the model ranks texts, it does not embed them")
         self._memory = C.llama_get_memory(self._context)
-        self._size = int(C.llama_model_n_embd_out(model))
 
     def embed(self, texts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         if len(texts) > TEXTS:
@@ -249,7 +253,7 @@ class _Embedder:
         result = C.llama_decode(self._context, self._rows.fill(rows))
         if result:
             raise LlamaError(f"llama.cpp could not decode (error {result})")
-        found = [_floats(C.llama_get_embeddings_seq(self._context, sequence), self._size).copy() for sequence in range(len(texts))]
+        found = [_floats(C.llama_get_embeddings_seq(self._context, sequence), self._width).copy() for sequence in range(len(texts))]
         if self._memory:
             C.llama_memory_clear(self._memory, True)
         return [vector / max(float(np.linalg.norm(vector)), 1e-12) for vector in found]
@@ -262,7 +266,7 @@ class _Batch:
     """A `llama_batch` of fixed size, filled through NumPy: one sequence per row never changes."""
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self._width = size
         self._batch = C.llama_batch_init(size, 0, 1)
         view = np.ctypeslib.as_array
         self._tokens, self._positions = view(self._batch.token, (size,)), view(self._batch.pos, (size,))
@@ -271,7 +275,7 @@ class _Batch:
 
     def fill(self, rows: Sequence[Row]) -> C.llama_batch:
         count = len(rows)
-        if not 0 < count <= self._size:
+        if not 0 < count <= self._width:
             raise ValueError(f"a batch of {count} rows")
         tokens, positions, sequences, logits = zip(*rows, strict=True)
         self._tokens[:count], self._positions[:count], self._logits[:count] = tokens, positions, logits

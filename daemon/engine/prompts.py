@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from daemon.engine.chat import ChatTemplate, TemplateFailure, split
 from daemon.engine.interface import ChatRequest, CompletionRequest, EmbeddingRequest, Request
 from daemon.engine.isolation import TimedOut, limited
+from daemon.engine.protocol import MAX_FRAME
 from daemon.engine.tools import THINK, THOUGHT
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 TEMPLATE_SECONDS: Final = 2.0
 TEMPLATE_MEMORY: Final = 256 << 20  # bytes
 _LONGEST_TOKEN: Final = 64  # characters; what is longer than this times the context cannot fit it
+_MOST_VECTORS: Final = MAX_FRAME // 2  # bytes, which base64 makes a third more
 _SHORTEN: Final = "shorten it or serve with more context"
 
 
@@ -67,7 +69,9 @@ class Prompts:
 
     def texts(self, request: EmbeddingRequest) -> list[list[int]]:
         """Each as the model was trained to see a whole text."""
-        longest = self._llama.longest_text
+        longest, most = self._llama.longest_text, _MOST_VECTORS // (4 * self._llama.width)
+        if len(request.inputs) > most:
+            raise Refused("UsageError", "the input", f"{len(request.inputs)} texts, {most} are answered at once", "ask in several requests")
         found = []
         for given in request.inputs:
             if isinstance(given, str):

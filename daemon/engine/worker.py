@@ -66,7 +66,7 @@ class Worker:
             while not self._inbox.empty() or not (self._scheduler.busy or self._texts.busy):
                 self._take(self._inbox.get())
             if self._texts.busy:
-                self._texts.step()
+                self._embed()
             if self._scheduler.busy:
                 self._scheduler.step()
             self._send()
@@ -97,8 +97,12 @@ class Worker:
         def tell(delta: Delta) -> None:
             self._deltas.append((request_id, codec.dump_delta(delta)))
 
+        def fail(why: str) -> None:
+            self._refuse(request_id, "InferenceError", "the answer", why, "ask in another way")
+
         if isinstance(request, EmbeddingRequest):
-            self._texts.submit(Texts(request_id, self._prompts.texts(request), lambda found: self._answer(request_id, found)))
+            texts = self._prompts.texts(request)
+            self._texts.submit(Texts(request_id, texts, lambda found: self._answer(request_id, found), fail))
             return
         sampling = request.sampling
         plan = self._guide.plan(request) if isinstance(request, ChatRequest) else None
@@ -117,7 +121,7 @@ class Worker:
             text=AnswerText([*sampling.stop, *(self._stops if isinstance(request, ChatRequest) else ())]),
             on_text=told.text,
             on_end=told.end,
-            on_error=lambda why: self._refuse(request_id, "InferenceError", "the answer", why, "ask in another way"),
+            on_error=fail,
             logprobs=sampling.logprobs,
             marks=self._guide.marks if parser else {},
         )
@@ -137,6 +141,14 @@ class Worker:
         else:
             chat.constraint = self._guide.constraint(plan, found, self._prompts.thinking(chat.tokens))
             self._scheduler.submit(chat)
+
+    def _embed(self) -> None:
+        from daemon.engine.llama import LlamaError
+
+        try:
+            self._texts.step()
+        except LlamaError as error:  # answers have another context, which is as good as before
+            self._texts.fail(str(error))
 
     def _answer(self, request_id: int, found: Embeddings) -> None:
         self._send(type="embeddings", id=request_id, embeddings=codec.dump_embeddings(found))
