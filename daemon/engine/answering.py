@@ -96,7 +96,7 @@ class Chat:
         # With logprobs each token needs its own logits, so it is drawn like any other: only one is allowed then.
         while finish is None and self.constraint is not None and self.logprobs is None and (forced := self.constraint.forced()):
             for token in forced:
-                finish = finish or self._take(token, None, vocabulary)
+                finish = finish or ("stop" if vocabulary.ends(token) else self._take(token, None, vocabulary))
         return finish
 
     def finish(self) -> Shown:

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.engine.answering import Chat
+from daemon.engine.answering import Chat, Unanswerable
 from daemon.engine.interface import Sampling, TokenLogprob, Usage
 from daemon.engine.llama import Llama, Row
 from daemon.engine.lookup import MOST
@@ -286,3 +286,89 @@ def test_what_never_repeats_is_not_guessed() -> None:
     plan.submit(client.chat)
     finish(plan)
     assert {len(batch) for batch in cache.batches} == {1}
+
+
+class Counting:
+    """A constraint: the answer counts upwards by one from `begin`; of every ten tokens the last five are certain."""
+
+    def __init__(self, begin: int, end: int) -> None:
+        self._next, self._end = begin, end
+        self.masked = 0
+
+    def active(self) -> bool:
+        return True
+
+    def allowed(self, token: int) -> bool:
+        return token == self._next
+
+    def mask(self, logits: Logits) -> None:
+        self.masked += 1
+        logits[: self._next], logits[self._next + 1 :] = -np.inf, -np.inf
+        if self._next == 77:
+            logits[:] = -np.inf
+
+    def accept(self, token: int) -> None:
+        assert token == self._next, "a token that is forbidden was taken"
+        if token == 66:
+            raise Unanswerable("it cannot be followed")
+        self._next += 1
+
+    def forced(self) -> list[int]:
+        return list(range(self._next, self._next + 5)) if self._next % 10 == 5 else []
+
+    def done(self) -> bool:
+        return self._next > self._end
+
+
+@given(
+    chats=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 20), st.integers(1, 30), st.booleans()), min_size=1, max_size=4),
+    row_cost=st.sampled_from((0.0, 0.5)),
+)
+def test_a_constraint_is_followed_to_its_end(chats: list[tuple[int, int, int, bool]], row_cost: float) -> None:
+    cache = KvCache(4096)
+    plan = scheduler(cache, 4, row_cost)
+    clients = []
+    for number, (begin, length, limit, logprobs) in enumerate(chats):
+        client = Client(cache, number, [1, *range(1, 40)], limit)
+        client.chat.constraint, client.chat.logprobs = Counting(begin, begin + length), 0 if logprobs else None
+        clients.append(client)
+        plan.submit(client.chat)
+    finish(plan)
+    for client, (begin, length, limit, _) in zip(clients, chats, strict=True):
+        expected = [str(token) for token in range(begin, begin + min(length + 1, limit))]
+        if "66" in expected or "77" in expected:
+            assert client.error and client.end is None
+            continue
+        assert client.text.split() == expected
+        # The token that ends it may be the last one that it may have.
+        assert client.end and client.end[0] == ("stop" if limit > length else "length")
+    # What each slot holds is what its chat has said.
+    for slot in plan._slots.all:
+        assert [token for token, _ in cache.cells.get(slot.sequence, [])] == slot.tokens[: slot.read]
+
+
+def test_what_is_certain_costs_no_decode_of_its_own() -> None:
+    cache = KvCache(4096)
+    plan = scheduler(cache, 1)
+    client = Client(cache, 1, [1], 100)
+    client.chat.constraint = Counting(5, 24)
+    plan.submit(client.chat)
+    finish(plan)
+    assert client.end == ("stop", Usage(1, 20))
+    # 5 to 14 are drawn one by one, 15 to 19 come with 14, and behind them 20 to 24 are drawn.
+    assert [len(batch) for batch in cache.batches] == [1] * 10 + [6] + [1] * 4
+
+
+def test_a_failing_constraint_is_an_error_and_frees_the_slot() -> None:
+    for begin, why in ((60, "cannot be followed"), (77, "no token may follow")):
+        cache = KvCache(4096)
+        plan = scheduler(cache, 1)
+        client = Client(cache, 1, [1], 100)
+        client.chat.constraint = Counting(begin, 100)
+        plan.submit(client.chat)
+        finish(plan)
+        assert client.end is None and why in client.error
+        other = Client(cache, 2, [1, 2], 1)
+        plan.submit(other.chat)
+        finish(plan)
+        assert other.end
