@@ -79,7 +79,7 @@ class Llama:
         _LOG.path = load["path"]
         C.llama_log_set(_LOG.function, None)
         C.llama_backend_init()
-        self._threads = load["threads"]
+        self._threads = self._alone = load["threads"]
         model_params = C.llama_model_default_params()
         model_params.n_gpu_layers = load["gpu_layers"]
         self._model = C.llama_model_load_from_file(load["path"].encode(), model_params)
@@ -208,9 +208,11 @@ class Llama:
         """Let the empty `target` have the first `end` cells of `source` too; they are not copied. Needs `can_roll_back`."""
         C.llama_memory_seq_cp(self._memory, source, target, 0, end)
 
-    def set_threads(self, count: int) -> None:
+    def set_threads(self, count: int, alone: int | None = None) -> None:
+        """For a batch, and at most `alone` for a single token; None: as before."""
         self._threads = count
-        C.llama_set_n_threads(self._context, count, count)
+        self._alone = self._alone if alone is None else alone
+        C.llama_set_n_threads(self._context, min(self._alone, count), count)
         if self._embedder is not None:
             self._embedder.set_threads(count)
 

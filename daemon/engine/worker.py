@@ -10,9 +10,8 @@ import os
 import queue
 import sys
 import threading
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from daemon.engine import codec
 from daemon.engine.chat import ChatTemplate, TemplateFailure
@@ -22,6 +21,7 @@ from daemon.engine.interface import CAPABILITIES, Capability, ChatRequest, Delta
 from daemon.engine.isolation import TimedOut, leave_network, limit_process, limited
 from daemon.engine.prompts import TEMPLATE_MEMORY, TEMPLATE_SECONDS, Prompts, Refused
 from daemon.engine.protocol import Load, Message, encode, read
+from daemon.engine.warmup import warm_up
 from daemon.orphan import die_with_parent
 from registry.errors import Malformed
 
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from daemon.engine.answering import Chat
     from daemon.engine.constraint import Ready
     from daemon.engine.llama import Llama
-
-_WARM_UP: Final = 32  # tokens; a batch and single tokens take different kernels, and both must work
-_TIMED: Final = 4
-_ROWS: Final = 5
 
 
 class Worker:
@@ -53,8 +49,9 @@ class Worker:
         self._guide = Guide(llama, template.calls, memory)
         self._planned: dict[int, tuple[Chat, Plan]] = {}  # until its grammar is ready
         self._deltas: list[tuple[int, codec.Json]] = []
-        self.tokens_per_second, row_cost = warm_up(llama)
-        self._scheduler = Scheduler(llama, load["slots"], row_cost)
+        measured = warm_up(llama, load["threads"])
+        self.tokens_per_second = measured.tokens_per_second
+        self._scheduler = Scheduler(llama, load["slots"], measured.row_cost)
         self._texts = EmbeddingQueue(llama, TEXTS)
 
     @property
@@ -164,33 +161,6 @@ class Worker:
         if message:
             self._target.write(encode(message))
         self._target.flush()
-
-
-def warm_up(llama: Llama) -> tuple[float, float]:
-    """Decode for the first time, where a build for another machine dies.
-
-    Tokens per second of one answer at a small context, and what one more row costs (see daemon/engine/lookup.py: `price`).
-    """
-    token = llama.first_token() or 0
-    if not llama.writes:
-        llama.embed([[token] * min(_WARM_UP, llama.longest_text)])
-        return 0.0, 1.0
-    at = 0
-
-    def timed(count: int, outputs: int) -> float:
-        nonlocal at
-        start = time.perf_counter()
-        llama.decode([(token, at + i, 0, i >= count - outputs) for i in range(count)])
-        llama.logits(count - 1)  # waits for a GPU too
-        at += count
-        return time.perf_counter() - start
-
-    timed(min(_WARM_UP, llama.context - _TIMED - 2 * _ROWS - 1), 1)
-    timed(1, 1)
-    one = [timed(1, 1) for _ in range(_TIMED)]
-    several = min(timed(_ROWS, _ROWS) for _ in range(2))
-    llama.forget(0, 0)
-    return _TIMED / sum(one), max(0.01, (several / min(one) - 1) / (_ROWS - 1))
 
 
 def main() -> NoReturn:
