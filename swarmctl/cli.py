@@ -20,8 +20,8 @@ from swarmctl.failure import BUG, INTERRUPTED, USAGE, Failure
 COMMANDS = {
     "node": ("daemon", "up", "down", "status", "join", "peers", "key", "env", "version"),
     "models": ("publish", "pull", "ls", "rm", "models", "verify", "fsck"),
-    "chat": ("serve", "stop"),
-    "talk": ("ask", "chat"),
+    "serving": ("serve", "stop"),
+    "chat": ("ask", "chat"),
     "trust": ("trust",),
     "doctor": ("doctor",),
 }

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from daemon.config import Network
-from daemon.engine.upstream import Limits, UpstreamProvider
-from daemon.engine.upstream_form import base_url
-from daemon.engine.upstream_reach import open_session
+from daemon.engine.upstream.form import base_url
+from daemon.engine.upstream.provider import Limits, UpstreamProvider
+from daemon.engine.upstream.reach import open_session
 from daemon.errors import Ambiguous, NotFound, UsageError
 from daemon.swarm.relay import LocalModel
 from daemon.waiting import KeyLocks

@@ -1,102 +1,89 @@
-"""Serving models."""
+"""Asking models: one question, or a conversation."""
 
 from __future__ import annotations
 
-import os
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from swarmctl.context import Command, Context, pass_context
+from swarmctl.conversation import MAX_TEXT, Conversation
 from swarmctl.failure import USAGE, Failure
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "": 1}
-
-
-class Duration(click.ParamType[float]):
-    """Seconds, as `30s`, `10m`, `1h` or a bare number; `always` and -1 are for ever."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if value in ("always", "-1"):
-            return -1.0
-        found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smh]?)", str(value))
-        if found is None:
-            self.fail(f"{value!r} is no time; use 30s, 10m, 1h, 0 or always", param, ctx)
-        return float(found[1]) * _UNITS[found[2]]
+_MARKED_CODE = re.compile(r"#[A-Za-z2-7]{7,52}")
 
 
 @click.command(cls=Command)
-@click.argument("ref", required=False)
-@click.option("--context", "context_size", type=click.IntRange(min=64), metavar="TOKENS", help="KV cache, shared by its chats.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of llama.cpp.")
-@click.option("--gpu-layers", type=click.IntRange(min=-1), help="Layers to put on a GPU; -1: all, or none if they do not fit.")
-@click.option("--slots", type=click.IntRange(min=1), help="Chats answered at the same time.")
-@click.option("--batch", type=click.IntRange(min=1), metavar="TOKENS", help="Tokens that are read at once.")
-@click.option("--keep-alive", type=Duration(), help="How long it stays loaded when nobody asks: 30s, 10m, 1h, 0 or always.")
-@click.option("--upstream", metavar="URL", help="Answer with a model of the OpenAI-compatible server at URL instead.")
-@click.option("--model", metavar="NAME", help="What the upstream calls the model.")
-@click.option("--key-env", metavar="VARIABLE", help="The environment variable that holds the upstream's key.")
+@click.argument("words", nargs=-1, metavar="[PROMPT] [#CODE]")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="End the answer after so many tokens.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")
+@click.option("--system", help="Instructions that go before the prompt.")
 @pass_context
-def serve(
-    context: Context,
-    ref: str | None,
-    context_size: int | None,
-    threads: int | None,
-    gpu_layers: int | None,
-    slots: int | None,
-    batch: int | None,
-    keep_alive: float | None,
-    upstream: str | None,
-    model: str | None,
-    key_env: str | None,
-) -> None:
-    """Load a local model and answer whoever asks for it, until `stop`. REF is its code, CID or name.
+def ask(context: Context, words: tuple[str, ...], max_tokens: int | None, temperature: float | None, system: str | None) -> None:
+    """Ask a model of the swarm; the answer alone goes to stdout.
 
-    Serving it again changes the options that are given. With --upstream there is no REF: another server answers.
+    Without a PROMPT, or when it is -, the prompt is read from standard input. Without a CODE, one that is served is chosen.
+    A shell takes an unquoted # for a comment: leave it out, or quote it.
     """
-    from swarmctl.client import LONG_S
-    from swarmctl.render import safe
+    from swarmctl.answers import stream, who
 
-    body = {
-        "modelId": ref,
-        "contextSize": context_size,
-        "threads": threads,
-        "gpuLayers": gpu_layers,
-        "slots": slots,
-        "batch": batch,
-        "keepAlive": keep_alive,
-        "upstream": _upstream(ref, upstream, model, key_env),
-    }
-    found = context.client().post("/api/ai/serve", body, timeout=LONG_S)
-    limits = f"{found['context']} tokens, {found['slots']} chats at once" if ref else f"from another server, {found['slots']} at once"
-    context.show(found, lambda: f"serving #{found['code']} {safe(found['name'])}: {limits}")
+    prompt, code = split(words)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": _from_stdin() if prompt in (None, "-") else prompt})
+    body = {"modelId": code, "messages": messages, "maxTokens": max_tokens, "temperature": temperature, "stream": True}
+    answer: dict[str, Any] = {}
+    stream(context.client(), body, answer, lambda: context.say(who(answer)), shown=not context.json)
+    if context.json:
+        context.show(answer, lambda: "")
 
 
-def _upstream(ref: str | None, url: str | None, model: str | None, key_env: str | None) -> dict[str, str] | None:
-    """The other server's part of the request. Its key is read here, of the one variable that was named."""
-    if (ref is None) == (url is None):
-        raise Failure(USAGE, "serve: needs either REF or --upstream", "swarmctl ls lists what is here")
-    if (url is None) != (model is None) or (url is None and key_env is not None):
-        raise Failure(USAGE, "serve: --upstream and --model go together, --key-env with both", "swarmctl serve --help")
-    if url is None or model is None:
-        return None
-    if key_env is None:
-        return {"url": url, "model": model}
-    key = os.environ.get(key_env, "").strip()
-    if not key:
-        raise Failure(USAGE, f"{key_env}: no such variable is set, or it is empty", "export it, and name it with --key-env")
-    return {"url": url, "model": model, "key": key}
+def split(words: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """Prompt and code of what was typed. A word like `#abc2def` is the code wherever it stands; else the second is."""
+    if len(words) > 2:
+        raise Failure(USAGE, "ask: more than a prompt and a code", "put the prompt in quotes")
+    marked = [word for word in words if _MARKED_CODE.fullmatch(word)]
+    if len(marked) == 2:
+        raise Failure(USAGE, "ask: two codes and no prompt", "put the prompt first: swarmctl ask 'PROMPT' CODE")
+    if marked:
+        left = [word for word in words if word != marked[0]]
+        return (left[0] if left else None), marked[0]
+    return (words[0] if words else None), (words[1] if len(words) == 2 else None)
+
+
+def _from_stdin() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise Failure(USAGE, "ask: no prompt", "give one in quotes, or pipe it in")
+    try:
+        text = sys.stdin.read(MAX_TEXT + 1)
+    except UnicodeDecodeError:
+        raise Failure(USAGE, "ask: the prompt on standard input is not text", "send UTF-8") from None
+    if len(text) > MAX_TEXT:
+        raise Failure(USAGE, f"ask: the prompt has more than {MAX_TEXT} characters", "send less")
+    if not text.strip():
+        raise Failure(USAGE, "ask: the prompt on standard input is empty", "give one in quotes, or pipe it in")
+    return text
 
 
 @click.command(cls=Command)
-@click.argument("ref")
+@click.argument("model", required=False, metavar="[CODE]")
+@click.option("--system", metavar="TEXT", help="Instructions that go before everything.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="End each answer after so many tokens.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")
+@click.option("--resume", type=click.Path(path_type=Path, dir_okay=False), help="Go on with a conversation that /save wrote.")
 @pass_context
-def stop(context: Context, ref: str) -> None:
-    """Stop serving a model and give its memory back. It stays on this machine and is still seeded."""
-    from swarmctl.render import safe
+def chat(
+    context: Context, model: str | None, system: str | None, max_tokens: int | None, temperature: float | None, resume: Path | None
+) -> None:
+    """Talk with a model of the swarm; /help in the conversation says what can be typed.
 
-    found = context.client().delete("/api/ai/serve", {"modelId": ref})
-    context.show(found, lambda: f"#{found['code']} {safe(found['name'])} is not served any more")
+    CODE is a code, CID or name; without one, the model that answers first is kept. From a pipe, each line is one turn.
+    """
+    from swarmctl.dialogue import Dialogue, load
+
+    conversation = load(resume) if resume is not None else Conversation()
+    conversation.model = model or conversation.model
+    conversation.system = system or conversation.system
+    Dialogue(context, conversation, {"maxTokens": max_tokens, "temperature": temperature}, resume and resume.absolute()).run()

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from daemon.engine.answering import Chat
 from daemon.engine.gguf import inspect
 from daemon.engine.interface import (
     CAPABILITIES,
@@ -25,12 +24,13 @@ from daemon.engine.interface import (
     TokenLogprob,
     Usage,
 )
-from daemon.engine.llama import Llama, Row
 from daemon.engine.process import WorkerProcess
 from daemon.engine.protocol import Load
-from daemon.engine.sampling import Sampler
-from daemon.engine.scheduler import Scheduler
-from daemon.engine.text import AnswerText
+from daemon.engine.worker.answering import Chat
+from daemon.engine.worker.llama import Llama, Row
+from daemon.engine.worker.sampling import Sampler
+from daemon.engine.worker.scheduler import Scheduler
+from daemon.engine.worker.text import AnswerText
 from daemon.errors import ContextOverflow, ModelLoadError, UsageError
 from tests.unit.gguf_files import I8, METADATA, STRING, bert_gguf, header, padded, tiny_gguf
 

@@ -15,8 +15,8 @@ import pytest
 from aiohttp import web
 
 from daemon.engine.interface import ChatRequest, Delta, EmbeddingRequest, Sampling
-from daemon.engine.upstream import Limits, UpstreamProvider
-from daemon.engine.upstream_reach import open_session
+from daemon.engine.upstream.provider import Limits, UpstreamProvider
+from daemon.engine.upstream.reach import open_session
 from daemon.errors import Busy, ContextOverflow, InferenceError, ModelLoadError, NotFound, SwarmError, Unserved, UsageError
 from daemon.swarm.upstreams import Upstreams
 from tests.functional.asking import call, completion, events, free_slots, listed, request, token

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.engine.chat import FALLBACK_STOP, ChatTemplate, TemplateFailure, split
-from daemon.engine.isolation import TimedOut, limited
-from daemon.engine.text import AnswerText
+from daemon.engine.worker.isolation import TimedOut, limited
+from daemon.engine.worker.template import FALLBACK_STOP, ChatTemplate, TemplateFailure, split
+from daemon.engine.worker.text import AnswerText
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -9,8 +9,8 @@ import pytest
 
 from swarmctl import cli, launch
 from swarmctl.client import Client
+from swarmctl.commands.chat import split
 from swarmctl.commands.models import _absolute
-from swarmctl.commands.talk import split
 from swarmctl.failure import Failure
 from swarmctl.progress import describe
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from llguidance import LLTokenizer, TokenizerWrapper
 
-from daemon.engine.answering import Constraint, Unanswerable
-from daemon.engine.constraint import Compiler, check, constrain
-from daemon.engine.grammar import GrammarRefused, Plan, plan
 from daemon.engine.interface import ChatRequest, Tool, ToolChoice
-from daemon.engine.tools import DEEPSEEK_3, DEEPSEEK_31, HERMES, LLAMA_3, MISTRAL, MISTRAL_ARGS, Format
+from daemon.engine.worker.answering import Constraint, Unanswerable
+from daemon.engine.worker.constraint import Compiler, check, constrain
+from daemon.engine.worker.grammar import GrammarRefused, Plan, plan
+from daemon.engine.worker.tools import DEEPSEEK_3, DEEPSEEK_31, HERMES, LLAMA_3, MISTRAL, MISTRAL_ARGS, Format
 
 END, MARK = 256, 257  # behind the 256 bytes: the end of an answer, and [TOOL_CALLS] as a control token
 SIZE = 258

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from daemon.engine.embedding import EmbeddingQueue, Texts
 from daemon.engine.interface import Embeddings
+from daemon.engine.worker.embedding import EmbeddingQueue, Texts
 
 TOGETHER = 5
 

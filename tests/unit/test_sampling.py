@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.engine.interface import Candidate, Sampling
-from daemon.engine.sampling import Logits, NothingToDraw, Sampler, largest, logprob
+from daemon.engine.worker.sampling import Logits, NothingToDraw, Sampler, largest, logprob
 
 SIZES = st.sampled_from((1, 3, 63, 64, 130, 3000))
 

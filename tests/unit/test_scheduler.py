@@ -9,13 +9,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.engine.answering import Chat, Unanswerable
 from daemon.engine.interface import Sampling, TokenLogprob, Usage
-from daemon.engine.llama import Llama, Row
-from daemon.engine.lookup import MOST
-from daemon.engine.sampling import Logits, Sampler
-from daemon.engine.scheduler import PREFILL, Scheduler
-from daemon.engine.text import AnswerText
+from daemon.engine.worker.answering import Chat, Unanswerable
+from daemon.engine.worker.llama import Llama, Row
+from daemon.engine.worker.lookup import MOST
+from daemon.engine.worker.sampling import Logits, Sampler
+from daemon.engine.worker.scheduler import PREFILL, Scheduler
+from daemon.engine.worker.text import AnswerText
 
 EOG = 0
 VOCABULARY = 128

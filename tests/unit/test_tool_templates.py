@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from daemon.engine.chat import ChatTemplate, TemplateFailure, split
 from daemon.engine.interface import Tool
-from daemon.engine.tools import HERMES, LLAMA_3, MISTRAL, instructions
+from daemon.engine.worker.template import ChatTemplate, TemplateFailure, split
+from daemon.engine.worker.tools import HERMES, LLAMA_3, MISTRAL, instructions
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 CONTROL = re.compile(r"<\|im_start\|>|<\|im_end\|>|\[/?INST\]|<\|eot_id\|>")

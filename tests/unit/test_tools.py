@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.engine.interface import Tool
-from daemon.engine.toolparse import ToolParser
-from daemon.engine.tools import (
+from daemon.engine.worker.toolparse import ToolParser
+from daemon.engine.worker.tools import (
     DEEPSEEK_3,
     DEEPSEEK_31,
     HERMES,

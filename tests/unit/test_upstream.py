@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.config import Network
-from daemon.engine import upstream_form as form
 from daemon.engine.codec import MAX_CALLS
 from daemon.engine.interface import Candidate, ChatRequest, CompletionRequest, Delta, EmbeddingRequest, Request, Sampling, Tool, Usage
-from daemon.engine.upstream_reach import allowed, open_session
-from daemon.engine.upstream_reading import MAX_EVENT, AnswerReader, EventReader, embeddings, models
+from daemon.engine.upstream import form
+from daemon.engine.upstream.reach import allowed, open_session
+from daemon.engine.upstream.reading import MAX_EVENT, AnswerReader, EventReader, embeddings, models
 from daemon.errors import Busy, ContextOverflow, InferenceError, ModelLoadError, SwarmError, Unserved, UsageError
 from registry.errors import Malformed
 from tests.unit.strategies import REQUESTS

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from daemon.engine.interface import TokenLogprob, Usage
-from daemon.engine.lookup import Lookup
-from daemon.engine.sampling import Logits, NothingToDraw, Sampler, logprob
-from daemon.engine.text import AnswerText, Shown
+from daemon.engine.worker.lookup import Lookup
+from daemon.engine.worker.sampling import Logits, NothingToDraw, Sampler, logprob
+from daemon.engine.worker.text import AnswerText, Shown
 
 Finish = Literal["stop", "length"]
 

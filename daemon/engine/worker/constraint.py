@@ -22,12 +22,12 @@ from typing import Final
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
-from daemon.engine import grammar_check
-from daemon.engine.answering import Constraint, Unanswerable
 from daemon.engine.codec import MAX_CALLS
-from daemon.engine.grammar import GrammarRefused, Plan
-from daemon.engine.sampling import Logits
-from daemon.engine.tools import Format, Watch
+from daemon.engine.worker import grammar_check
+from daemon.engine.worker.answering import Constraint, Unanswerable
+from daemon.engine.worker.grammar import GrammarRefused, Plan
+from daemon.engine.worker.sampling import Logits
+from daemon.engine.worker.tools import Format, Watch
 
 Ready = LLMatcher  # a grammar, as far as an answer has followed it
 Tokenizer = LLTokenizer

@@ -25,7 +25,7 @@ from daemon.engine.interface import (
     ToolCallDelta,
     Usage,
 )
-from daemon.engine.upstream_form import told_failure
+from daemon.engine.upstream.form import told_failure
 from daemon.errors import InferenceError
 from registry import strictjson
 from registry.errors import Malformed

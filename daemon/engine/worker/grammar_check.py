@@ -1,4 +1,4 @@
-"""Tries a grammar in a process of its own: `python daemon/engine/grammar_check.py`, the grammar on stdin, a verdict on stdout.
+"""Tries a grammar in a process of its own: `python daemon/engine/worker/grammar_check.py`, the grammar on stdin, a verdict on stdout.
 
 llguidance bounds most of what it does, but a few schemas - a dozen patterns that must all hold - keep it busy for hours, and
 nothing can interrupt it. Here the kernel does. What passes is compiled again in the worker, and takes no longer there.

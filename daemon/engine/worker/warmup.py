@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from daemon.engine.llama import Llama
+    from daemon.engine.worker.llama import Llama
 
 _PROMPT: Final = 32  # tokens; a batch and single tokens take different kernels, and both must work
 _TIMED: Final = 4  # single tokens
@@ -18,7 +18,7 @@ _WORTH: Final = 1.1  # by how much more threads must be faster
 @dataclass(frozen=True, slots=True)
 class Measured:
     tokens_per_second: float = 0.0  # of one answer at a small context; 0 for a model that does not write
-    row_cost: float = 1.0  # see daemon/engine/lookup.py: `price`
+    row_cost: float = 1.0  # see daemon/engine/worker/lookup.py: `price`
 
 
 def warm_up(llama: Llama, threads: int) -> Measured:

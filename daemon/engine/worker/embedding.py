@@ -14,7 +14,7 @@ from daemon.engine.interface import Embeddings
 
 
 class Encoder(Protocol):
-    """What `daemon.engine.llama.Llama` does for texts."""
+    """What `daemon.engine.worker.llama.Llama` does for texts."""
 
     batch: int
 

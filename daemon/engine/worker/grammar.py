@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from daemon.engine.codec import MAX_CALLS
 from daemon.engine.interface import ChatRequest, Tool
-from daemon.engine.tools import SPACES, Format
+from daemon.engine.worker.tools import SPACES, Format
 
 _WHITESPACE: Final = r"\x20|\x0A[\x20\x09]{0,32}"
 _COMBINED: Final = frozenset({"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties"})

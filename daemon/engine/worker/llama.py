@@ -16,9 +16,9 @@ import llama_cpp as C
 import numpy as np
 from numpy.typing import NDArray
 
-from daemon.engine.lookup import MOST
 from daemon.engine.protocol import Load
-from daemon.engine.sampling import Logits
+from daemon.engine.worker.lookup import MOST
+from daemon.engine.worker.sampling import Logits
 
 _CONTROL_OR_UNKNOWN: Final = 8 | 1  # llama_token_attr
 _DEBUG, _ERROR, _CONTINUED = 1, 4, 5  # ggml_log_level

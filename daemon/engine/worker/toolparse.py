@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 
 from daemon.engine.codec import MAX_CALLS
 from daemon.engine.interface import Delta, ToolCallDelta
-from daemon.engine.tools import Format, Watch, match
+from daemon.engine.worker.tools import Format, Watch, match
 
 
 def new_id() -> str:

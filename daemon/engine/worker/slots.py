@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from daemon.engine.answering import Chat, common
+from daemon.engine.worker.answering import Chat, common
 
 _WORTH: Final = 16  # tokens of a prefix that are worth waiting for
 
 
 class KvCache(Protocol):
-    """What `daemon.engine.llama.Llama` does for the slots."""
+    """What `daemon.engine.worker.llama.Llama` does for the slots."""
 
     can_roll_back: bool
 

@@ -17,10 +17,9 @@ from typing import Any
 
 import aiohttp
 
-from daemon.engine import upstream_form as form
-from daemon.engine import upstream_reading as reading
 from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Request
-from daemon.engine.upstream_reach import Outside
+from daemon.engine.upstream import form, reading
+from daemon.engine.upstream.reach import Outside
 from daemon.errors import Busy, InferenceError, ModelLoadError, SwarmError, Unserved, UsageError
 from registry import strictjson
 from registry.errors import Malformed

@@ -7,14 +7,14 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from daemon.engine.chat import ChatTemplate, TemplateFailure, split
 from daemon.engine.interface import ChatRequest, CompletionRequest, EmbeddingRequest, Request
-from daemon.engine.isolation import TimedOut, limited
 from daemon.engine.protocol import MAX_FRAME
-from daemon.engine.tools import THINK, THOUGHT
+from daemon.engine.worker.isolation import TimedOut, limited
+from daemon.engine.worker.template import ChatTemplate, TemplateFailure, split
+from daemon.engine.worker.tools import THINK, THOUGHT
 
 if TYPE_CHECKING:
-    from daemon.engine.llama import Llama
+    from daemon.engine.worker.llama import Llama
 
 TEMPLATE_SECONDS: Final = 2.0
 TEMPLATE_MEMORY: Final = 256 << 20  # bytes

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from daemon.engine.grammar import GrammarRefused, Plan, plan
 from daemon.engine.interface import ChatRequest, Delta, FinishReason, TokenLogprob, Usage
-from daemon.engine.prompts import Refused
-from daemon.engine.toolparse import ToolParser
-from daemon.engine.tools import THINK, THOUGHT, Format
+from daemon.engine.worker.grammar import GrammarRefused, Plan, plan
+from daemon.engine.worker.prompts import Refused
+from daemon.engine.worker.toolparse import ToolParser
+from daemon.engine.worker.tools import THINK, THOUGHT, Format
 
 if TYPE_CHECKING:
-    from daemon.engine.answering import Constraint
-    from daemon.engine.constraint import Ready, Tokenizer
-    from daemon.engine.llama import Llama
+    from daemon.engine.worker.answering import Constraint
+    from daemon.engine.worker.constraint import Ready, Tokenizer
+    from daemon.engine.worker.llama import Llama
 
 _HINT: Final = "change the schema"
 Found = Callable[["Ready | GrammarRefused"], None]
@@ -27,7 +27,7 @@ class Guide:
 
     def __init__(self, llama: Llama, style: Format, memory: threading.Lock) -> None:
         """`memory`: see `Compiler`."""
-        from daemon.engine.constraint import Compiler, Spelling, check  # see Worker.__init__
+        from daemon.engine.worker.constraint import Compiler, Spelling, check  # see Worker.__init__
 
         def tokenizer() -> Tokenizer:
             every = range(llama.vocabulary)
@@ -59,7 +59,7 @@ class Guide:
         self._compiler.start(plan.grammar, found)
 
     def constraint(self, plan: Plan, matcher: Ready, thinking: bool) -> Constraint:
-        from daemon.engine.constraint import constrain
+        from daemon.engine.worker.constraint import constrain
 
         return constrain(plan, matcher, self._style, self._control, self._piece, self._compiler.tokenise, thinking)
 

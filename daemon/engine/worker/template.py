@@ -24,7 +24,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from daemon.engine.interface import Tool
-from daemon.engine.tools import HERMES, described, format_of, native, plain, without_system
+from daemon.engine.worker.tools import HERMES, described, format_of, native, plain, without_system
 
 MAX_PROMPT: Final = 8 << 20  # characters that a template may produce
 

@@ -14,21 +14,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from daemon.engine import codec
-from daemon.engine.chat import ChatTemplate, TemplateFailure
-from daemon.engine.grammar import GrammarRefused, Plan
-from daemon.engine.guiding import Guide, Told
 from daemon.engine.interface import CAPABILITIES, Capability, ChatRequest, Delta, EmbeddingRequest, Embeddings, Request
-from daemon.engine.isolation import TimedOut, leave_network, limit_process, limited
-from daemon.engine.prompts import TEMPLATE_MEMORY, TEMPLATE_SECONDS, Prompts, Refused
 from daemon.engine.protocol import Load, Message, encode, read
-from daemon.engine.warmup import warm_up
+from daemon.engine.worker.grammar import GrammarRefused, Plan
+from daemon.engine.worker.guiding import Guide, Told
+from daemon.engine.worker.isolation import TimedOut, leave_network, limit_process, limited
+from daemon.engine.worker.prompts import TEMPLATE_MEMORY, TEMPLATE_SECONDS, Prompts, Refused
+from daemon.engine.worker.template import ChatTemplate, TemplateFailure
+from daemon.engine.worker.warmup import warm_up
 from daemon.orphan import die_with_parent
 from registry.errors import Malformed
 
 if TYPE_CHECKING:
-    from daemon.engine.answering import Chat
-    from daemon.engine.constraint import Ready
-    from daemon.engine.llama import Llama
+    from daemon.engine.worker.answering import Chat
+    from daemon.engine.worker.constraint import Ready
+    from daemon.engine.worker.llama import Llama
 
 
 class Worker:
@@ -36,9 +36,9 @@ class Worker:
 
     def __init__(self, inbox: queue.SimpleQueue[Message], target: BinaryIO, load: Load, llama: Llama, template: ChatTemplate) -> None:
         # Only now: NumPy and llama.cpp start threads, and `leave_network` must come before any thread.
-        from daemon.engine.embedding import EmbeddingQueue
-        from daemon.engine.llama import TEXTS
-        from daemon.engine.scheduler import Scheduler
+        from daemon.engine.worker.embedding import EmbeddingQueue
+        from daemon.engine.worker.llama import TEXTS
+        from daemon.engine.worker.scheduler import Scheduler
 
         self._inbox = inbox
         self._target = target
@@ -86,10 +86,10 @@ class Worker:
             self._llama.set_threads(message["count"])
 
     def _begin(self, request_id: int, request: Request | EmbeddingRequest) -> None:
-        from daemon.engine.answering import Chat
-        from daemon.engine.embedding import Texts
-        from daemon.engine.sampling import Sampler
-        from daemon.engine.text import AnswerText
+        from daemon.engine.worker.answering import Chat
+        from daemon.engine.worker.embedding import Texts
+        from daemon.engine.worker.sampling import Sampler
+        from daemon.engine.worker.text import AnswerText
 
         def tell(delta: Delta) -> None:
             self._deltas.append((request_id, codec.dump_delta(delta)))
@@ -140,7 +140,7 @@ class Worker:
             self._scheduler.submit(chat)
 
     def _embed(self) -> None:
-        from daemon.engine.llama import LlamaError
+        from daemon.engine.worker.llama import LlamaError
 
         try:
             self._texts.step()
@@ -168,7 +168,7 @@ def main() -> NoReturn:
     limit_process()
     offline = leave_network()
     die_with_parent(int(sys.argv[1]))
-    from daemon.engine.llama import Llama, LlamaError, has_gpu  # see Worker.__init__
+    from daemon.engine.worker.llama import Llama, LlamaError, has_gpu  # see Worker.__init__
 
     def send(message: Message) -> None:
         target.write(encode(message))

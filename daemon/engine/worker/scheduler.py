@@ -16,10 +16,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-from daemon.engine.answering import Chat, Finish, Unanswerable
-from daemon.engine.llama import Llama, LlamaError, Row
-from daemon.engine.lookup import price
-from daemon.engine.slots import Slot, Slots
+from daemon.engine.worker.answering import Chat, Finish, Unanswerable
+from daemon.engine.worker.llama import Llama, LlamaError, Row
+from daemon.engine.worker.lookup import price
+from daemon.engine.worker.slots import Slot, Slots
 
 PREFILL: Final = 128  # prompt tokens per step while answers run: 289 ms instead of 850 ms of stall on a 1500-token prompt
 _HEADROOM: Final = 64  # tokens of answer that must fit before a chat is let in

@@ -1,0 +1,1 @@
+"""Other OpenAI-compatible servers, whose models this node passes on."""
