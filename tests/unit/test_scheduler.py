@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
@@ -10,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.engine.interface import Sampling, TokenLogprob, Usage
+from daemon.engine.protocol import GUESSES
 from daemon.engine.worker.answering import Chat, Unanswerable
 from daemon.engine.worker.llama import Llama, Row
-from daemon.engine.worker.lookup import MOST
 from daemon.engine.worker.sampling import Logits, Sampler
 from daemon.engine.worker.scheduler import PREFILL, Scheduler
 from daemon.engine.worker.text import AnswerText
@@ -36,7 +37,7 @@ class KvCache:
     def __init__(self, context: int, can_roll_back: bool = True, slots: int = 4) -> None:
         self.context = context
         self.can_roll_back = can_roll_back
-        self.outputs = slots + MOST
+        self.outputs = slots + GUESSES
         self.cells: dict[int, list[tuple[int, object]]] = {}  # sequence -> (token, identity of the cell)
         self.asked: list[int | None] = []
         self.batches: list[list[Row]] = []
@@ -213,17 +214,20 @@ def test_a_long_conversation_survives_a_short_one() -> None:
     assert [len(batch) for batch in cache.batches] == [300, 1, 1]
 
 
-def test_prompts_share_a_step_and_the_first_come_is_first_in() -> None:
+def test_short_prompts_are_read_first_but_the_first_that_came_goes_on() -> None:
     cache = KvCache(4096)
-    plan = scheduler(cache, 2)
-    clients = [Client(cache, number, [number + 1] * 600, 1) for number in range(3)]
+    plan = scheduler(cache, 3)
+    lengths = (900, 600, 100, 50)
+    clients = [Client(cache, number, [number + 1] * length, 1) for number, length in enumerate(lengths)]
     for client in clients:
         plan.submit(client.chat)
     plan.step()
-    assert sorted(row[2] for row in cache.batches[0]) == [0] * 256 + [1] * 256
-    while clients[2].end is None:
-        plan.step()
-    assert clients[0].end and clients[1].end
+    assert Counter(row[2] for row in cache.batches[0]) == {0: 256, 1: 156, 2: 100}
+    assert clients[2].end and not clients[3].end
+    plan.step()
+    assert Counter(row[2] for row in cache.batches[1]) == {0: 256, 1: 206, 2: 50}
+    finish(plan)
+    assert all(client.end for client in clients)
 
 
 def test_a_prefix_that_is_being_read_is_waited_for() -> None:

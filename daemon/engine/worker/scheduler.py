@@ -2,8 +2,8 @@
 
 - A chat waits until a slot is free and the KV cache has room for its prompt and a little more; first come, first in.
 - Every step takes the newest token of each running answer first, with guesses behind it where they pay (lookup.py), then shares
-  what is left among the prompts being read. While answers run, a step reads at most `PREFILL` prompt tokens, so that a long
-  prompt does not stall them.
+  what is left among the prompts being read, one after the other (`_shares`). While answers run, a step reads at most `PREFILL`
+  prompt tokens, so that a long prompt does not stall them.
 - Prefixes are kept, shared and waited for: see slots.py.
 - When the cache is full all the same: idle prefixes go first, oldest first; then the youngest chat goes back to the queue
   and is computed again later; a chat that is alone ends with "length".
@@ -87,7 +87,7 @@ class Scheduler:
         self._slots.follow()
         running = [slot for slot in self._slots.running if slot.behind is None]
         answering = [slot for slot in running if slot.unread == 1]
-        reading = sorted((slot for slot in running if slot.unread > 1), key=lambda slot: slot.unread)
+        reading = [slot for slot in running if slot.unread > 1]
         budget = self._llama.batch - len(answering)
         spare = min(self._llama.outputs - len(running), budget - len(reading))
         rows: list[Row] = []
@@ -99,11 +99,8 @@ class Scheduler:
             self._add(slot, 1, guessed, rows, parts)
         if answering:
             budget = min(PREFILL, budget)
-        for place, slot in enumerate(reading):
-            share = min(slot.unread, budget // (len(reading) - place))
-            budget -= share
-            if share:
-                self._add(slot, share, [], rows, parts)
+        for slot, share in _shares(reading, budget):
+            self._add(slot, share, [], rows, parts)
         return rows, parts
 
     def _guess(self, slot: Slot, answers: int, spare: int) -> list[int]:
@@ -171,3 +168,21 @@ class Scheduler:
             self._end(running[0], running[0].chat, "length")
         else:
             raise LlamaError("the KV cache has no room for a prompt that should fit")
+
+
+def _shares(reading: list[Slot], budget: int) -> list[tuple[Slot, int]]:
+    """How much each chat reads of its prompt now, at most `budget` tokens in all.
+
+    The shortest rest goes first, so that most answers begin early; half of the budget is for whoever came first, so that no prompt
+    waits for ever because it is long.
+    """
+    if not reading:
+        return []
+    first = min(reading, key=lambda slot: slot.chat.id if slot.chat else 0)
+    shares = {first.sequence: min(first.unread, budget // 2)}
+    budget -= shares[first.sequence]
+    for slot in sorted(reading, key=lambda slot: slot.unread):
+        more = min(slot.unread - shares.get(slot.sequence, 0), budget)
+        shares[slot.sequence] = shares.get(slot.sequence, 0) + more
+        budget -= more
+    return [(slot, shares[slot.sequence]) for slot in reading if shares[slot.sequence]]
