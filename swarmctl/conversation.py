@@ -213,8 +213,11 @@ def means(model: str | None, row: Mapping[str, Any]) -> bool:
 
 
 def choose(model: str, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether somebody serves `model` now. Raises `Failure` when nobody has it."""
+    """Whether `model` can be asked now: somebody serves it, or it is here and loaded on first use.
+
+    Raises `Failure` when nobody has it.
+    """
     found = [row for row in rows if means(model, row)]
     if not found:
         raise Failure(NOT_FOUND, f"{model}: no node that is known has it", "/model in a chat, or swarmctl models, lists what there is")
-    return any(row["serving"] for row in found)
+    return any(row["serving"] or row["local"] for row in found)

@@ -166,9 +166,9 @@ class Dialogue:
         self._context.say(render.askable(rows, lambda row: conversation.means(self._held.model, row)))
 
     def _choose(self, wanted: str) -> None:
-        served = conversation.choose(wanted, self._context.client().get("/api/swarm/models"))
+        askable = conversation.choose(wanted, self._context.client().get("/api/swarm/models"))
         self._held.model = wanted
-        if not served:
+        if not askable:
             self._note(f"nobody serves {render.safe(wanted)} now")
 
     def _system(self, text: str) -> None:

@@ -150,11 +150,13 @@ def swarm_models(models: Sequence[Mapping[str, Any]]) -> str:
 
 
 def askable(models: Sequence[Mapping[str, Any]], current: Callable[[Mapping[str, Any]], bool]) -> str:
-    """The models that are served now, the `current` one marked."""
+    """The models that can be asked now, the `current` one marked: somebody serves them, or they are here."""
     rows = [
-        ("*" if current(m) else "", f"#{m['code']}", m["name"], _size(m), str(m["nodes"]), yes(m["local"])) for m in models if m["serving"]
+        ("*" if current(m) else "", f"#{m['code']}", m["name"], _size(m), str(m["nodes"]), yes(m["local"]), yes(m["serving"]))
+        for m in models
+        if m["serving"] or m["local"]
     ]
-    return table(("", "code", "name", "size", "nodes", "local"), rows, "nobody serves a model now; swarmctl serve REF loads one here")
+    return table(("", "code", "name", "size", "nodes", "local", "serving"), rows, "no model can be asked; swarmctl pull brings one")
 
 
 def _size(model: Mapping[str, Any]) -> str:

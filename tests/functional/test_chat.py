@@ -57,11 +57,11 @@ def test_the_model_can_be_listed_and_chosen(home: Path) -> None:
     before, chosen = (line for line in stderr.splitlines() if "evil" in line)
     assert (before[0], chosen[0]) == (" ", "*")
     assert "evil\\x1b[2J\\u202egguf" in chosen
-    assert "tiny" not in stderr.replace(WHO, "")  # nobody serves it
+    assert [line.split()[-2:] for line in stderr.splitlines() if " tiny " in line] == [["yes", "-"]] * 2  # loaded on first use
     code, stdout, stderr = chat(home, "one", words=("nobody",))
     assert (code, stdout, stderr.startswith("error: nobody: no node that is known has it; ")) == (3, "", True)
     code, stdout, stderr = chat(home, "one", words=("tiny",))
-    assert (code, stdout, stderr) == (0, "one \n", "nobody serves tiny now\n" + WHO)
+    assert (code, stdout, stderr) == (0, "one \n", WHO)
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,8 @@ def test_which_row_is_meant(model: str | None, same: bool) -> None:
 
 def test_a_model_that_nobody_has_cannot_be_chosen() -> None:
     assert choose("tiny", [ROW]) is True
-    assert choose("tiny", [{**ROW, "serving": False}]) is False
+    assert choose("tiny", [{**ROW, "serving": False, "local": True}]) is True
+    assert choose("tiny", [{**ROW, "serving": False, "local": False}]) is False
     with pytest.raises(Failure) as failed:
         choose("other", [ROW])
     assert failed.value.code == NOT_FOUND
