@@ -13,7 +13,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
 
 from aiohttp import web
@@ -22,6 +22,7 @@ from aiohttp.http_exceptions import LineTooLong
 from daemon.api.guard import error_response
 from daemon.api.limits import LIMITS, Limits
 from daemon.errors import Bug, Unavailable, UsageError
+from daemon.listening import listening
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +46,15 @@ async def open_api(app: web.Application, host: str, port: int, *, last_answers_s
     try:
         server, loop = runner.server, asyncio.get_running_loop()
         assert server is not None
-        try:
-            listener = await loop.create_server(lambda: Connection(server, loop, app[LIMITS]), host, port)
-        except OSError as error:
-            raise Unavailable(
-                f"port {port}", f"the API cannot listen there: {error.strerror}", "end what uses it, or set api.port"
-            ) from error
-        try:
-            yield listener.sockets[0].getsockname()[1]
-        finally:
-            listener.close()
+        async with AsyncExitStack() as stack:
+            listener = listening(lambda: Connection(server, loop, app[LIMITS]), host, port)
+            try:
+                bound = await stack.enter_async_context(listener)
+            except OSError as error:
+                raise Unavailable(
+                    f"port {port}", f"the API cannot listen there: {error.strerror}", "end what uses it, or set api.port"
+                ) from error
+            yield bound
     finally:
         await runner.cleanup()
 

@@ -12,13 +12,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from daemon.errors import Busy, NotFound, Refused, SwarmError, Unavailable, UsageError, VerificationError
+from daemon.listening import listening
 from daemon.swarm import exchange
 from daemon.swarm.limits import Buckets
 from daemon.swarm.relay import CHAT_PATH, ChatServer
@@ -82,12 +83,14 @@ async def open_door(app: web.Application, host: str, port: int, *, header_s: flo
     )
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port, backlog=256)
-        try:
-            await site.start()
-        except OSError as error:
-            raise Unavailable(f"port {port} of {host}", f"it cannot be listened on ({error.strerror})", "change swarm.port") from error
-        yield runner.addresses[0][1]
+        server = runner.server
+        assert server is not None
+        async with AsyncExitStack() as stack:
+            try:
+                bound = await stack.enter_async_context(listening(server, host, port, backlog=256))
+            except OSError as error:
+                raise Unavailable(f"port {port} of {host}", f"it cannot be listened on ({error.strerror})", "change swarm.port") from error
+            yield bound
     finally:
         await runner.cleanup()
 
