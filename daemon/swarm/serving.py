@@ -10,8 +10,9 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Final
 
 from daemon.engine.interface import Engine, Provider, Served, ServeOptions
 from daemon.errors import NotFound, Refused, SwarmError
@@ -26,6 +27,7 @@ from registry.store import Ledger
 log = logging.getLogger(__name__)
 
 _LIST = "serving"  # in the ledger: what is served, by blake3
+_LARGEST: Final = 1 << 31  # of any number in it
 
 
 class _File:
@@ -79,15 +81,13 @@ class Serving:
     async def open(self) -> None:
         """Serve again what was served when the daemon ended; each is loaded when somebody asks for it."""
         text = await self._ledger.call(Ledger.get_meta, _LIST)
-        listed = json.loads(text) if text else {}
+        listed = _listed(text or "{}")
         known = {model.identity.blake3: model for model in self._library.models()}
-        for key, entry in listed.items():
+        for key, (options, rate) in listed.items():
             model = known.get(key)
             if model is None:
                 log.warning("%s is served no more: it is not here", key)
                 continue
-            options = ServeOptions(**{field.name: entry["options"].get(field.name) for field in fields(ServeOptions)})
-            rate = entry["tokens_per_second"]
             try:
                 self._library.usable(model)
                 await self._engine.keep_idle(key, self._file(model), options, rate)
@@ -179,6 +179,33 @@ class Serving:
             for key, entry in self._served.items()
         }
         await self._ledger.call(Ledger.set_meta, _LIST, json.dumps(listed))
+
+
+def _listed(text: str) -> dict[str, tuple[ServeOptions, float]]:
+    """The options and the speed of each entry of the list. One that is damaged is left out: it must not keep the daemon from starting."""
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        log.warning("the list of what is served is damaged: nothing is served")
+        return {}
+    found = {}
+    for key, entry in given.items():
+        try:
+            options = ServeOptions(**{name: _number(name, value) for name, value in entry["options"].items()})
+            found[key] = options, _number("tokens_per_second", entry["tokens_per_second"])
+        except (AttributeError, KeyError, TypeError):
+            log.warning("%s is served no more: what the ledger says of it is damaged", key)
+    return found
+
+
+def _number(name: str, value: Any) -> Any:
+    """`value`, if it is a number that `name` can be. Raises `TypeError`."""
+    kind = int | float if name in ("keep_alive", "tokens_per_second") else int
+    if isinstance(value, bool) or not isinstance(value, kind) or not -1 <= value <= _LARGEST:
+        raise TypeError
+    return value
 
 
 def _over(options: ServeOptions, given: ServeOptions) -> ServeOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from daemon.errors import ModelLoadError, NotFound, Refused, SwarmError
 from daemon.ledger import LedgerThread
 from daemon.swarm.serving import Serving
 from registry.records import GgufFacts, Identity, Model
+from registry.store import Ledger
 
 DATA = b"the bytes of a model"
 KEY = blake3(DATA).hexdigest()
@@ -222,3 +224,33 @@ async def test_what_may_not_be_served_any_more_is_forgotten_at_the_start(
     serving = parts.begun()
     await serving.open()
     assert serving.served() == {}
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "", "{", "[" * 100_000, "null", "[]", '"text"', "[1]", '{"KEY": null}', '{"KEY": []}', '{"KEY": {}}', '{"KEY": {"options": {}}}',
+        '{"KEY": {"options": [], "tokens_per_second": 1}}', '{"KEY": {"options": {"moon": 1}, "tokens_per_second": 1}}',
+        '{"KEY": {"options": {"slots": "2"}, "tokens_per_second": 1}}', '{"KEY": {"options": {"slots": 1.5}, "tokens_per_second": 1}}',
+        '{"KEY": {"options": {"slots": 99999999999}, "tokens_per_second": 1}}',
+        '{"KEY": {"options": {"keep_alive": Infinity}, "tokens_per_second": 1}}',
+        '{"KEY": {"options": {}, "tokens_per_second": NaN}}', '{"KEY": {"options": {}, "tokens_per_second": true}}',
+    ],
+)  # fmt: skip
+async def test_a_damaged_list_serves_nothing_and_stops_nobody(parts: Parts, damaged: str) -> None:
+    await parts.ledger.call(Ledger.set_meta, "serving", damaged.replace("KEY", KEY))
+    await parts.serving.open()
+    assert parts.serving.served() == {} and parts.engine.asked == []
+    await parts.serving.serve(MODEL, ServeOptions(slots=2))
+    serving = parts.begun()
+    await serving.open()
+    assert set(serving.served()) == {KEY}
+
+
+async def test_one_damaged_entry_takes_no_other_with_it(parts: Parts) -> None:
+    await parts.serving.serve(MODEL, ServeOptions(slots=2))
+    listed = json.loads(await parts.ledger.call(Ledger.get_meta, "serving") or "")
+    await parts.ledger.call(Ledger.set_meta, "serving", json.dumps({"00" * 32: 7, **listed}))
+    serving = parts.begun()
+    await serving.open()
+    assert set(serving.served()) == {KEY} and parts.engine.asked[-1] == ServeOptions(slots=2)
