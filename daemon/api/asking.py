@@ -16,7 +16,7 @@ from daemon.api import sse
 from daemon.api.services import Answer, Answers
 from daemon.api.tally import Tally
 from daemon.engine.interface import Delta, FinishReason, Request, Usage
-from daemon.errors import Unserved
+from daemon.errors import Busy, Unserved
 
 TOGETHER: Final = 8  # answers to one caller that come at the same time; the rest of them waits here, not in a model's queue
 MAX_ANSWER: Final = 16 << 20  # characters; what a peer may send before it is taken for one that never ends
@@ -71,6 +71,7 @@ class Asking:
         self._requests = requests
         self._each = each
         self.replies: dict[int, Reply] = {}  # those that have begun
+        self._coming: set[asyncio.Future[None]] = set()  # one for each that has begun and not ended
 
     @property
     def first(self) -> Reply:
@@ -94,9 +95,11 @@ class Asking:
     async def _one(self, index: int) -> AsyncGenerator[Part, None]:
         started = time.monotonic()
         with self._tally.answer() as counted:
-            answer = await self._answers.open(self._model, self._requests[index])
+            answer = await self._open(index)
             reply = self.replies[index] = Reply(answer, started)
             counted.begin()
+            over = asyncio.get_running_loop().create_future()
+            self._coming.add(over)
             try:
                 async for delta in answer.deltas:
                     reply.note(delta)
@@ -104,9 +107,23 @@ class Asking:
                         counted.used(delta.usage)
                     yield index, delta
             finally:
-                await sse.close(answer.deltas)
+                self._coming.discard(over)
+                try:
+                    await sse.close(answer.deltas)
+                finally:
+                    over.set_result(None)
             if reply.finish is None:
                 raise Unserved("answer", "it was cut off before its end", "ask again")
+
+    async def _open(self, index: int) -> Answer:
+        """Where there is room for some of the answers and not for all, the others take turns. Raises what `Answers.open` does."""
+        while True:
+            try:
+                return await self._answers.open(self._model, self._requests[index])
+            except Busy:
+                if not self._coming:
+                    raise
+                await asyncio.wait(self._coming, return_when=asyncio.FIRST_COMPLETED)
 
     async def _merged(self) -> AsyncGenerator[Part, None]:
         came: asyncio.Queue[Part | BaseException | None] = asyncio.Queue(_AHEAD)  # None: one answer has ended

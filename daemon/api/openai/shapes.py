@@ -55,6 +55,7 @@ class ChatChoice:
         self._begun = False
         self._texts: list[str] = []
         self._calls: dict[int, Json] = {}
+        self._arguments: dict[int, list[str]] = {}
         self._logprobs: list[Json] = []
         self._finish: FinishReason | None = None
 
@@ -63,7 +64,8 @@ class ChatChoice:
         self._texts.append(delta.text)
         for piece in delta.tool_calls:
             empty = {"id": piece.id, "type": "function", "function": {"name": piece.name, "arguments": ""}}
-            self._calls.setdefault(piece.index, empty)["function"]["arguments"] += piece.arguments
+            self._calls.setdefault(piece.index, empty)
+            self._arguments.setdefault(piece.index, []).append(piece.arguments)
         self._logprobs += map(_token, delta.logprobs)
         self._finish = delta.finish or self._finish
 
@@ -71,6 +73,8 @@ class ChatChoice:
         text = "".join(self._texts)
         message: Json = {"role": "assistant", "content": text if text or not self._calls else None, "refusal": None}
         if self._calls:
+            for index, call in self._calls.items():
+                call["function"]["arguments"] = "".join(self._arguments[index])
             message["tool_calls"] = [call for _, call in sorted(self._calls.items())]
         return {"index": self._index, "message": message, "logprobs": self._said(self._logprobs), "finish_reason": self._finish}
 
