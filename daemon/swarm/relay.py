@@ -217,7 +217,8 @@ class ChatServer:
         return response
 
     async def _answer(self, question: bytes, out: _Frames) -> None:
-        cid, asked = wire.parse_question(question)
+        # Millions of small values take a second; everybody else's answers go on meanwhile.
+        cid, asked = await asyncio.to_thread(wire.parse_question, question)
         model = next((model for model in self._local() if model.offer.cid == cid), None)
         if model is None:
             raise NotFound("model", "it is not served here any more", "ask another node")
@@ -239,10 +240,14 @@ class ChatServer:
         raise InferenceError("answer", "it ended without saying how", "ask again")
 
     async def _embed(self, provider: Provider, request: EmbeddingRequest, out: _Frames) -> None:
-        frames = list(wire.vector_frames(await self._alive_until(provider.embed(request), out)))
-        for frame in frames[:-1]:
+        # One at a time: all at once they are more than the vectors, for each of those who ask.
+        frames = wire.vector_frames(await self._alive_until(provider.embed(request), out))
+        frame = next(frames)
+        for following in frames:
             await out.send(frame)
-        await out.send(frames[-1], last=True)
+            await asyncio.sleep(0)  # a write to an asker that reads on does not give way
+            frame = following
+        await out.send(frame, last=True)
 
     async def _with_signs_of_life(self, deltas: AsyncIterator[Delta], out: _Frames) -> AsyncGenerator[Delta, None]:
         while (delta := await self._alive_until(_next(deltas), out)) is not None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,9 +127,11 @@ class VectorsJoiner:
         self._data = bytearray()
 
     def take(self, piece: Vectors) -> Embeddings | None:
-        """The whole when `piece` is the last. Raises `VerificationError` for vectors that are too large or have no length in common."""
+        """The whole when `piece` is the last. Raises `VerificationError` for vectors that are too large, have no length in common, or
+        hold what is no number and no JSON could say.
+        """
         self._data += piece.data
-        if len(self._data) > VECTORS_LIMIT:
+        if len(self._data) > VECTORS_LIMIT or len(piece.data) % 4 or not math.isfinite(sum(array("f", piece.data))):
             raise _odd()
         if piece.count is None:
             return None

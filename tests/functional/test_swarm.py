@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -31,6 +32,7 @@ from daemon.engine.interface import (
     ToolCallDelta,
 )
 from daemon.errors import Ambiguous, Busy, ContextOverflow, InferenceError, NotFound, Unavailable, Unserved, UsageError, VerificationError
+from daemon.swarm import wire
 from daemon.swarm.door import Limits, open_door
 from daemon.swarm.relay import PROTOCOL, PeerProvider
 from daemon.swarm.seal import REQUEST_TYPE
@@ -381,6 +383,23 @@ async def test_vectors_come_from_a_peer(tmp_path: Path, kubo_binary: Path, over_
         assert {len(vector) for vector in embedded.embeddings.vectors} == {4096} and embedded.embeddings.prompt_tokens == 5
         assert script.asked == [question]
         assert b.table.stats()[a.key].successes == 1
+
+
+async def test_a_question_is_read_beside_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a peer sends may take seconds to read, and nobody else waits for that."""
+    threads = []
+
+    def noted(question: bytes) -> tuple[str, Request | EmbeddingRequest]:
+        threads.append(threading.get_ident())
+        return parse_question(question)
+
+    parse_question = wire.parse_question
+    monkeypatch.setattr(wire, "parse_question", noted)
+    async with AsyncExitStack() as stack:
+        _, b = await two(stack, tmp_path, None, Script())
+        answer = await b.answers.open(CID, CompletionRequest((1,) * 700_000))
+        assert await text_of(answer.deltas) == "the answer"
+    assert len(threads) == 1 and threads[0] != threading.get_ident()
 
 
 async def test_another_node_makes_the_vectors_when_the_first_cannot(tmp_path: Path) -> None:
