@@ -66,7 +66,7 @@ class Deltas:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer that has begun. `answered_by` is a node key, `code` the short code of the model."""
+    """An answer that has begun. `answered_by` is a node key, `code` the full code of the model."""
 
     answered_by: str
     code: str
@@ -148,7 +148,7 @@ class Answers:
         if model is not None and not found:
             raise NotFound(model, "no node that this one knows has it", "swarmctl models lists what there is; swarmctl join adds a node")
         serving = [choice for choice in found if choice.offer.serving][:CANDIDATES_TRIED]
-        here = [choice for choice in found if choice.local and not choice.offer.serving and choice.offer.cid in local]
+        here = [choice for choice in found if choice.local and choice not in serving and choice.offer.cid in local]
         if not serving and not here:
             what, why = ("model", "nobody serves any now") if model is None else (model, "nobody serves it now")
             raise Unserved(what, why, "swarmctl pull brings it here, where it can be asked")
@@ -202,7 +202,7 @@ class Answers:
 
 
 def _code(offer: Offer) -> str:
-    return codes.short(codes.codes_of(offer.cid, offer.infohash_v2)[0])
+    return codes.codes_of(offer.cid, offer.infohash_v2)[0]
 
 
 def _who(choice: Choice) -> str:

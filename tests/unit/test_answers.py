@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,10 +26,13 @@ from daemon.errors import (
     VerificationError,
 )
 from daemon.swarm import wire
-from daemon.swarm.answers import Deltas
+from daemon.swarm.answers import Answers, Deltas
 from daemon.swarm.exchange import BODY_LIMIT, body, parse
+from daemon.swarm.relay import LocalModel
 from daemon.swarm.seal import FRAME_LIMIT
+from registry.cid import leaf_cid
 from registry.errors import Malformed
+from registry.records import Offer
 from tests.unit.strategies import DELTAS, REQUESTS
 
 CHAT = ChatRequest(({"role": "user", "content": "hi"},))
@@ -109,7 +114,7 @@ def joined(frames: list[bytes]) -> Delta:
 
 @pytest.mark.parametrize(("count", "dimensions"), [(1, 1), (3, 40 << 8), (2048, 12), (2, 65536), (1, 10 << 10)])
 def test_vectors_arrive_in_frames_that_can_be_sealed(count: int, dimensions: int) -> None:
-    sent = Embeddings(tuple(bytes([number % 256]) * 4 * dimensions for number in range(count)), 77)
+    sent = Embeddings(tuple(bytes([number % 127]) * 4 * dimensions for number in range(count)), 77)
     frames = list(wire.vector_frames(sent))
     assert all(len(frame) <= FRAME_LIMIT for frame in frames)
     joiner = wire.VectorsJoiner()
@@ -122,6 +127,13 @@ def test_vectors_arrive_in_frames_that_can_be_sealed(count: int, dimensions: int
 def test_vectors_of_no_possible_length_are_refused(size: int, count: int) -> None:
     with pytest.raises(VerificationError):
         wire.VectorsJoiner().take(wire.Vectors(b"x" * size, count, 1))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_vectors_that_no_json_could_say_are_refused(number: float) -> None:
+    joiner = wire.VectorsJoiner()
+    with pytest.raises(VerificationError):
+        joiner.take(wire.Vectors(array("f", [0.5, number]).tobytes()))
 
 
 def test_vectors_without_end_are_refused() -> None:
@@ -248,3 +260,40 @@ async def test_one_word_answers_end_too() -> None:
     said = Said(replace(END, text="yes"))
     assert [delta.text async for delta in await said.begun()] == ["yes"]
     assert said.closed and said.verdicts == [True]
+
+
+# -- who is asked -------------------------------------------------------------------------------------------------------
+
+
+class Gone:
+    """A table whose nodes offer and are not known any more."""
+
+    def __init__(self, offers: list[Offer]) -> None:
+        self._offers = offers
+
+    def offers(self) -> list[Offer]:
+        return self._offers
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+    def peer(self, node: str) -> None:
+        return None
+
+
+class Here:
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        yield END
+
+
+async def test_this_node_is_asked_however_many_serve_the_model_better() -> None:
+    nodes = ["ed25519:" + f"{number:02x}" * 32 for number in range(20)]
+    offers = [Offer(node, leaf_cid(b"x"), None, None, None, "tiny", 9, True, free_slots=9, seeders=30) for node in nodes]
+    local = LocalModel(replace(offers[0], free_slots=0, seeders=1), Here())  # type: ignore[arg-type]  # only answers matter
+    nothing: Any = None
+    table: Any = Gone(offers[1:])
+    answers = Answers(table, lambda: [local], lambda: [local.offer], ipfs=lambda: None, http=nothing, clock=lambda: 0.0)
+    for model in ("tiny", None):
+        answer = await answers.open(model, CHAT)
+        assert answer.answered_by == nodes[0]
+        await answer.deltas.aclose()
