@@ -19,6 +19,8 @@ from daemon.errors import UsageError
 
 Network = Literal["public", "lan", "loopback"]
 
+LONGEST_KEEP_ALIVE = 366 * 24 * 3600  # seconds; -1 is for ever
+
 # Names of the environment that belong to the command line and are no settings.
 _RESERVED = {"SWARMCTL_HOME", "SWARMCTL_API", "SWARMCTL_TOKEN"}
 
@@ -215,6 +217,8 @@ def _check(config: Config) -> None:
             raise UsageError(name, "it is less than nothing", "docs/settings.md says what 0 means")
     if not 1 <= config.api.session_timeout <= 7 * 24 * 3600:
         raise UsageError("api.session_timeout", f"{config.api.session_timeout:g} s is no time to keep a chat for", "use 1 to 604800")
+    if config.engine.keep_alive > LONGEST_KEEP_ALIVE:
+        raise UsageError("engine.keep_alive", f"{config.engine.keep_alive:g} s is more than a year", "use -1 for ever")
     if config.swarm.heartbeat < 1:
         raise UsageError("swarm.heartbeat", f"{config.swarm.heartbeat} s is too often", "use at least 1")
     if not config.ipfs.enabled and not config.torrent.enabled:

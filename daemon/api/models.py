@@ -11,11 +11,10 @@ from aiohttp import web
 from daemon.api import body, sse, upstreams, views
 from daemon.api.body import TEXT, Fields
 from daemon.api.services import Services, Transfer, services
+from daemon.config import LONGEST_KEEP_ALIVE
 from daemon.engine.interface import ServeOptions
-from daemon.errors import NotFound, Unserved, UsageError
+from daemon.errors import Ambiguous, NotFound, Unserved, UsageError
 from registry.records import Model
-
-LONGEST_KEEP_ALIVE = 366 * 24 * 3600  # seconds; -1 is for ever
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
@@ -89,10 +88,15 @@ async def serve(request: web.Request) -> web.StreamResponse:
 
 async def stop_serving(request: web.Request) -> web.StreamResponse:
     known, wanted = services(request), _query(request, "modelId")
-    stopped = await upstreams.stop(known, wanted)
-    if stopped is not None:
-        return web.json_response(stopped)
-    model = known.library.find(wanted)
+    elsewhere = known.upstreams.find(wanted)
+    try:
+        model = known.library.find(wanted)
+    except (NotFound, UsageError):  # what another server calls a model may be no name here
+        if elsewhere is None:
+            raise
+        return web.json_response(await upstreams.stop(known, elsewhere))
+    if elsewhere is not None:
+        raise Ambiguous(wanted, "means a model of this node and one of another server", "use its code")
     await known.serving.stop(model)
     return web.json_response(views.model(known, model))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from daemon.api import views
 from daemon.api.body import HINT, Fields
-from daemon.api.services import Services
+from daemon.api.services import Services, Upstream
 from daemon.errors import UsageError
 
 _OTHERS = "a model of another server is served by `upstream` and `slots` alone"
@@ -27,11 +27,7 @@ async def serve(known: Services, given: Any, fields: Fields) -> dict[str, Any]:
     return views.upstream(known, await known.upstreams.serve(url, model, key, slots))
 
 
-async def stop(known: Services, wanted: str) -> dict[str, Any] | None:
-    """Stop serving it; None when `wanted` means no model of another server."""
-    served = known.upstreams.find(wanted)
-    if served is None:
-        return None
+async def stop(known: Services, served: Upstream) -> dict[str, Any]:
     view = views.upstream(known, served)
     await known.upstreams.stop(served)
     return {**view, "serving": False, "local": False}

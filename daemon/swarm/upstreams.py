@@ -15,7 +15,6 @@ from daemon.engine.upstream.provider import Limits, UpstreamProvider
 from daemon.engine.upstream.reach import open_session
 from daemon.errors import Ambiguous, NotFound, UsageError
 from daemon.swarm.relay import LocalModel
-from daemon.waiting import KeyLocks
 from registry import codes, refs, upstream
 from registry.errors import Malformed
 from registry.manifest import MAX_NAME
@@ -55,7 +54,6 @@ class Upstreams:
         self._network = network
         self._on_change = on_change
         self._served: dict[str, Upstream] = {}  # by CID
-        self._changing = KeyLocks()
 
     async def serve(self, url: str, model: str, key: str | None, slots: int | None) -> Upstream:
         """Answer as `model` of the server at `url` from now on; one of the same name is replaced.
@@ -70,12 +68,11 @@ class Upstreams:
         except BaseException:
             await made.provider.close()
             raise
-        async with self._changing(made.offer.cid):
-            before = self._served.get(made.offer.cid)
-            self._served[made.offer.cid] = made
-            if before is not None:
-                await before.provider.close()
+        before = self._served.get(made.offer.cid)
+        self._served[made.offer.cid] = made
         self._on_change()
+        if before is not None:
+            await before.provider.close()
         return made
 
     def _make(self, url: str, model: str, key: str | None, limits: Limits) -> Upstream:
@@ -92,11 +89,10 @@ class Upstreams:
 
     async def stop(self, served: Upstream) -> None:
         """Answer for it no more; answers under way are broken off. Idempotent."""
-        async with self._changing(served.offer.cid):
-            if self._served.get(served.offer.cid) is served:
-                del self._served[served.offer.cid]
-                await served.provider.close()
-        self._on_change()
+        if self._served.get(served.offer.cid) is served:
+            del self._served[served.offer.cid]
+            self._on_change()
+        await served.provider.close()
 
     async def close(self) -> None:
         """Idempotent."""

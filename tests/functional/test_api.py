@@ -207,6 +207,17 @@ async def test_a_model_of_another_server_is_served_and_stopped_as_any(api: aioht
     assert (await api.delete("/api/ai/serve", params={"modelId": "great-1"})).status == 404
 
 
+async def test_a_name_that_a_model_here_and_one_of_another_server_share(api: aiohttp.ClientSession, world: World) -> None:
+    await api.post("/api/ai/serve", json={"modelId": "tiny"})
+    await api.post("/api/ai/serve", json={"upstream": {"url": "http://127.0.0.1:1/v1", "model": "tiny"}})
+    refused = await api.delete("/api/ai/serve", params={"modelId": "tiny"})
+    assert refused.status == 409 and "use its code" in (await refused.json())["error"]["hint"]
+    assert len(world.upstreams.running) == len(world.serving.running) == 1
+    assert (await api.delete("/api/ai/serve", params={"modelId": CID})).status == 200
+    assert (await api.delete("/api/ai/serve", params={"modelId": world.upstreams.running[0].offer.cid})).status == 200
+    assert world.upstreams.running == [] and world.serving.running == {}
+
+
 @pytest.mark.parametrize(
     ("more", "status"),
     [

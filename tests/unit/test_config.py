@@ -21,7 +21,8 @@ from daemon.errors import UsageError
         ("[transfer]\nstall = 'x'", "transfer.stall"), ("[transfer]\nstall = nan", "transfer.stall"),
         ("[transfer]\ndownload_rate = '-1MiB'", "transfer.download_rate"), ("[transfer]\ngive_up = -1", "transfer.give_up"),
         ("[engine]\nmemory = -1", "engine.memory"), ("[engine]\nslots = 0", "engine"), ("[swarm]\nheartbeat = 0", "swarm.heartbeat"),
-        ("[swarm]\njoin = 3", "swarm.join"), ("network = 'loopback'\n[swarm]\nhost = '0.0.0.0'", "swarm.host"),
+        ("[engine]\nkeep_alive = inf", "engine.keep_alive"), ("[swarm]\njoin = 3", "swarm.join"),
+        ("network = 'loopback'\n[swarm]\nhost = '0.0.0.0'", "swarm.host"),
     ],
 )  # fmt: skip
 def test_a_config_that_is_wrong(tmp_path: Path, text: str, culprit: str) -> None:

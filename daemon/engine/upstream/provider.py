@@ -1,6 +1,6 @@
 """An OpenAI-compatible server as a `Provider`: Ollama, llama-server, vLLM, another node, a cloud.
 
-- Only addresses that the node's `network` allows are connected to (upstream_reach.py).
+- Only addresses that the node's `network` allows are connected to (reach.py).
 - Redirects, proxies, cookies and compressed answers are not followed, used, kept or read. https verifies certificates.
 - The key goes into one header. No error, log line or answer has it.
 - Closing an answer closes its connection, and that is how a server learns that nobody reads on.
