@@ -130,3 +130,9 @@ def test_logprobs_are_of_all_tokens(seed: int, size: int, count: int) -> None:
     likeliest = largest(logits, count) if count else ()
     assert [one.bytes for one in said.likeliest] == [str(token).encode() for token in likeliest]
     assert all(isinstance(one, Candidate) and -1e9 <= one.logprob <= 0 for one in said.likeliest)
+
+
+def test_the_smallest_temperature_is_none() -> None:
+    logits = np.array([1.0, 3.0, -np.inf, 2.0], np.float32)
+    for temperature in (1e-320, 1e-50, 1e-30, 1e-7):
+        assert Sampler(Sampling(temperature=temperature), 1).draw(logits) == 1

@@ -22,6 +22,7 @@ Tokens = NDArray[np.intp]
 _FORBIDDEN: Final = -100.0  # a bias from here on leaves no chance at all
 _COLUMN: Final = 64  # values of which one maximum is taken to find the largest values of all
 _PART: Final = 512
+_COLDEST: Final = 1e-6  # a temperature below this leaves nothing but the likeliest token, and would divide by zero in float32
 _LEAST: Final = -1e9  # a logprob of minus infinity is no JSON
 
 
@@ -53,7 +54,7 @@ class Sampler:
         likeliest = int(logits.argmax())
         if not math.isfinite(logits[likeliest]):
             raise NothingToDraw
-        if self._sampling.temperature <= 0:
+        if self._sampling.temperature < _COLDEST:
             return likeliest
         candidates = self._candidates(logits)
         values = logits if candidates is None else logits[candidates]
