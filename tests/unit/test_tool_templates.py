@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
 
 import pytest
 
 from daemon.engine.interface import Tool
+from daemon.engine.worker.isolation import limited
 from daemon.engine.worker.template import ChatTemplate, TemplateFailure, split
 from daemon.engine.worker.tools import HERMES, LLAMA_3, MISTRAL, instructions
 
@@ -178,3 +180,12 @@ def test_an_answer_that_the_template_does_not_show_is_followed_by_another() -> N
 
 def test_a_call_at_the_end_does_not_go_on() -> None:
     assert render(QWEN, TALK[:2]).endswith("</tool_call><|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no limit of memory elsewhere")
+def test_r_calls_that_would_fill_the_memory_are_refused() -> None:
+    template = ChatTemplate("{% if tools %}<tool_call>{{ messages[0].tool_calls[0].function.arguments }}{% endif %}")
+    function = {"name": "f", "arguments": "[" + "[]," * 3_000_000 + "[]]"}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]}]
+    with pytest.raises(TemplateFailure, match="too much memory"), limited(60, 64 << 20):
+        template.render(messages, {"bos_token": "", "eos_token": ""}, None)

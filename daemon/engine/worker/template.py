@@ -88,6 +88,8 @@ class ChatTemplate:
                 return self._fill(_guard(without_system(told), control), special, None)  # some know no such role
         except RecursionError as error:
             raise TemplateFailure("it gets a description of a tool that is nested too deeply") from error
+        except MemoryError as error:  # calls whose arguments are millions of small values
+            raise TemplateFailure("it would need too much memory for this conversation") from error
 
     def _native(
         self, messages: Sequence[Mapping[str, Any]], special: Mapping[str, str], control: re.Pattern[str] | None, tools: Sequence[Tool]
