@@ -49,7 +49,7 @@ class AnswerText:
             self.stopped, self._held = True, ""
             text = text[: min(found)]
         elif self._stops:
-            held = max(_overlap(text, stop) for stop in self._stops)
+            held = max(overlap(text, stop) for stop in self._stops)
             self._held = text[len(text) - held :]
             text = text[: len(text) - held]
         self._shown += len(text)
@@ -65,9 +65,6 @@ class AnswerText:
         return tuple(ended)
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are a beginning of `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+def overlap(text: str, mark: str) -> int:
+    """How many characters at the end of `text` are a beginning of `mark`, which is not in it."""
+    return next((length for length in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:length])), 0)

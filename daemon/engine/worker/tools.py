@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from daemon.engine.interface import Tool
+from daemon.engine.worker.text import overlap
 
 SPACES: Final = 8  # characters of whitespace that may stand between two marks
 NAME: Final = "\0name"  # stands for the name of a tool among the marks of a format
@@ -189,11 +190,6 @@ class Watch:
         if text.strip():
             self._blank = False
         return text
-
-
-def overlap(text: str, mark: str) -> int:
-    """How many characters at the end of `text` are a beginning of `mark`, which is not in it."""
-    return next((length for length in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:length])), 0)
 
 
 # --- telling a conversation ---
