@@ -14,6 +14,9 @@ import struct
 from typing import Any, BinaryIO, Final, TypedDict
 
 MAX_FRAME: Final = 32 << 20  # bytes; far above any chat that fits a context
+# What a worker has room for, and what is counted for it before it is loaded.
+GUESSES: Final = 8  # rows with logits in one decode, beyond those of the slots
+TEXTS: Final = 64  # texts that are embedded together
 _LENGTH = struct.Struct(">I")
 
 Message = dict[str, Any]

@@ -331,7 +331,25 @@ def test_the_compiler_works_beside_its_caller_and_keeps_what_it_made(compiler: C
             over.set()
 
     for grammar in (made.grammar, "start: %json {}}", made.grammar):
-        compiler.start(grammar, done)
+        compiler.start(grammar, lambda: True, done)
     assert over.wait(60)
     assert isinstance(found[1], GrammarRefused)
     assert found[0] is not found[2] and type(found[0]) is type(found[2])
+
+
+def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled() -> None:
+    tried: list[str] = []
+    busy, over = threading.Event(), threading.Event()
+
+    def check(grammar: str) -> None:
+        tried.append(grammar)
+        assert busy.wait(60)
+
+    beside = compiler_with(check)
+    wanted = {name: True for name in "abc"}
+    for name in wanted:
+        beside.start(f'start: "{name}"', lambda name=name: wanted[name], lambda found, name=name: over.set() if name == "c" else None)  # type: ignore[misc]
+    wanted["b"] = False
+    busy.set()
+    assert over.wait(60)
+    assert len(tried) == 2

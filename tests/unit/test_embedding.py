@@ -30,8 +30,8 @@ class Encoder:
 TEXTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=20), min_size=1, max_size=20)
 
 
-@given(st.lists(TEXTS, min_size=1, max_size=4), st.sets(st.integers(0, 3)))
-def test_each_text_gets_its_own_vector(requests: list[list[list[int]]], failing: set[int]) -> None:
+@given(st.lists(TEXTS, min_size=1, max_size=4), st.sets(st.integers(0, 3)), st.integers(1, Encoder.batch))
+def test_each_text_gets_its_own_vector(requests: list[list[list[int]]], failing: set[int], most: int) -> None:
     queue = EmbeddingQueue(Encoder(), TOGETHER)
     answers: dict[int, Embeddings] = {}
     failed: list[str] = []
@@ -43,7 +43,7 @@ def test_each_text_gets_its_own_vector(requests: list[list[list[int]]], failing:
         if number in failing:
             queue.fail("no")
         while number not in answers and number not in failing:
-            queue.step()
+            queue.step(most)
     assert not queue.busy and len(failed) == len(failing & set(order))
     for number, found in answers.items():
         assert found.prompt_tokens == sum(map(len, requests[number]))
@@ -55,5 +55,16 @@ def test_texts_share_a_decode() -> None:
     queue = EmbeddingQueue(encoder, TOGETHER)
     queue.submit(Texts(1, [[1] * 4] * 12, lambda found: None, print))
     while queue.busy:
-        queue.step()
+        queue.step(encoder.batch)
     assert encoder.decodes == 3
+
+
+def test_a_decode_has_no_more_than_it_may_but_one_text() -> None:
+    encoder = Encoder()
+    queue = EmbeddingQueue(encoder, TOGETHER)
+    queue.submit(Texts(1, [[1] * 4] * 4 + [[1] * 20], lambda found: None, print))
+    for decodes in (1, 2, 3):
+        assert queue.busy
+        queue.step(8)
+        assert encoder.decodes == decodes
+    assert not queue.busy

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from daemon.engine import codec
 from daemon.engine.interface import CAPABILITIES, Capability, ChatRequest, Delta, EmbeddingRequest, Embeddings, Request
-from daemon.engine.protocol import Load, Message, encode, read
+from daemon.engine.protocol import TEXTS, Load, Message, encode, read
 from daemon.engine.worker.grammar import GrammarRefused, Plan
 from daemon.engine.worker.guiding import Guide, Told
 from daemon.engine.worker.isolation import TimedOut, leave_network, limit_process, limited
@@ -37,7 +37,6 @@ class Worker:
     def __init__(self, inbox: queue.SimpleQueue[Message], target: BinaryIO, load: Load, llama: Llama, template: ChatTemplate) -> None:
         # Only now: NumPy and llama.cpp start threads, and `leave_network` must come before any thread.
         from daemon.engine.worker.embedding import EmbeddingQueue
-        from daemon.engine.worker.llama import TEXTS
         from daemon.engine.worker.scheduler import Scheduler
 
         self._inbox = inbox
@@ -126,7 +125,11 @@ class Worker:
             self._scheduler.submit(chat)
         else:
             self._planned[request_id] = chat, plan
-            self._guide.compile(plan, lambda found: self._inbox.put({"type": "grammar", "id": request_id, "found": found}))
+            self._guide.compile(
+                plan,
+                wanted=lambda: request_id in self._planned,  # else clients that come and go would fill the queue of grammars
+                found=lambda found: self._inbox.put({"type": "grammar", "id": request_id, "found": found}),
+            )
 
     def _follow(self, request_id: int, found: Ready | GrammarRefused) -> None:
         """The grammar of an answer is ready, or will never be; nothing when nobody waits for that answer any more."""
@@ -141,9 +144,10 @@ class Worker:
 
     def _embed(self) -> None:
         from daemon.engine.worker.llama import LlamaError
+        from daemon.engine.worker.scheduler import PREFILL
 
         try:
-            self._texts.step()
+            self._texts.step(min(PREFILL, self._llama.batch) if self._scheduler.busy else self._llama.batch)
         except LlamaError as error:  # answers have another context, which is as good as before
             self._texts.fail(str(error))
 

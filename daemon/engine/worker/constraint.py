@@ -66,15 +66,15 @@ class Compiler:
         self._memory = memory
         self._tokenizer: Tokenizer | None = None
         self._ready: OrderedDict[str, Ready] = OrderedDict()
-        self._queue: queue.SimpleQueue[tuple[str, Callable[[Ready | GrammarRefused], None]]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[str, Callable[[], bool], Callable[[Ready | GrammarRefused], None]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def start(self, grammar: str, done: Callable[[Ready | GrammarRefused], None]) -> None:
-        """Have `done` called, in the thread, with what `grammar` has become."""
+    def start(self, grammar: str, wanted: Callable[[], bool], done: Callable[[Ready | GrammarRefused], None]) -> None:
+        """Have `done` called, in the thread, with what `grammar` has become; not when it is not `wanted` any more in its turn."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="grammars", daemon=True)
             self._thread.start()
-        self._queue.put((grammar, done))
+        self._queue.put((grammar, wanted, done))
 
     def tokenise(self, text: bytes) -> list[int]:
         """Tokens of `text`, none of them a control token. There must have been a grammar before."""
@@ -92,7 +92,9 @@ class Compiler:
 
     def _run(self) -> None:
         while True:
-            grammar, done = self._queue.get()
+            grammar, wanted, done = self._queue.get()
+            if not wanted():
+                continue
             try:
                 found: Ready | GrammarRefused = self.compile(grammar)
             except GrammarRefused as error:

@@ -16,8 +16,6 @@ from daemon.engine.interface import Embeddings
 class Encoder(Protocol):
     """What `daemon.engine.worker.llama.Llama` does for texts."""
 
-    batch: int
-
     def embed(self, texts: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]: ...
 
 
@@ -55,12 +53,12 @@ class EmbeddingQueue:
         """The request that had its turn cannot be answered."""
         self._waiting.popleft().on_error(why)
 
-    def step(self) -> None:
-        """One decode of as many texts of the first request as fit a batch."""
+    def step(self, most: int) -> None:
+        """One decode of as many texts of the first request as have `most` tokens together, but of one at least."""
         first = self._waiting[0]
         rest = first.texts[len(first.vectors) :]
-        count = tokens = 0
-        while count < min(len(rest), self._together) and (tokens := tokens + len(rest[count])) <= self._encoder.batch:
+        count, tokens = 1, len(rest[0])
+        while count < min(len(rest), self._together) and (tokens := tokens + len(rest[count])) <= most:
             count += 1
         first.vectors += [vector.astype("<f4").tobytes() for vector in self._encoder.embed(rest[:count])]
         if len(first.vectors) == len(first.texts):

@@ -54,9 +54,9 @@ class Guide:
     def refused(self, what: str, error: GrammarRefused) -> Refused:
         return Refused("UsageError", what, str(error), _HINT)
 
-    def compile(self, plan: Plan, found: Found) -> None:
-        """Have `found` called, in another thread, with the grammar of `plan`."""
-        self._compiler.start(plan.grammar, found)
+    def compile(self, plan: Plan, wanted: Callable[[], bool], found: Found) -> None:
+        """Have `found` called, in another thread, with the grammar of `plan`. `wanted` is asked there too."""
+        self._compiler.start(plan.grammar, wanted, found)
 
     def constraint(self, plan: Plan, matcher: Ready, thinking: bool) -> Constraint:
         from daemon.engine.worker.constraint import constrain

@@ -16,13 +16,11 @@ import llama_cpp as C
 import numpy as np
 from numpy.typing import NDArray
 
-from daemon.engine.protocol import Load
-from daemon.engine.worker.lookup import MOST
+from daemon.engine.protocol import GUESSES, TEXTS, Load
 from daemon.engine.worker.sampling import Logits
 
 _CONTROL_OR_UNKNOWN: Final = 8 | 1  # llama_token_attr
 _DEBUG, _ERROR, _CONTINUED = 1, 4, 5  # ggml_log_level
-TEXTS: Final = 64  # sequences in one batch of texts to embed
 _UNKNOWN: Final = re.compile(r"unknown model architecture: '([^']{0,64})'")
 _PATH: Final = re.compile(r"'?[^\s']*/[^\s']*'?")
 
@@ -90,7 +88,7 @@ class Llama:
         if C.llama_model_has_encoder(self._model) and C.llama_model_has_decoder(self._model):
             raise LlamaError("it translates from an encoder to a decoder, which is not supported")
         # Guesses need logits too. Room for logits of all rows would cost 514 instead of 34 MiB.
-        self.outputs = load["slots"] + MOST
+        self.outputs = load["slots"] + GUESSES
         self._pieces: dict[int, bytes] = {}
         self._embedder: _Embedder | None = None
         self._context = self._open(load)
@@ -143,6 +141,10 @@ class Llama:
         room = len(raw) + 16
         tokens = (C.llama_token * room)()
         count = C.llama_tokenize(self._vocab, raw, len(raw), tokens, room, whole, control)
+        if count < 0:  # some vocabularies spell one character out as several words
+            room = -count
+            tokens = (C.llama_token * room)()
+            count = C.llama_tokenize(self._vocab, raw, len(raw), tokens, room, whole, control)
         if count < 0:
             raise LlamaError("the text cannot be tokenised")
         return list(tokens[:count])

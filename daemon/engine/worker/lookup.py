@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-MOST: Final = 8  # tokens guessed at once
+from daemon.engine.protocol import GUESSES
+
 _GRAM: Final = 3  # tokens that must have occurred before
 _WEIGHT: Final = 0.15  # of the newest guess in the share of right ones
 _MARGIN: Final = 1.1  # by how much a guess must pay
@@ -29,14 +30,14 @@ class Lookup:
         self.right = 0.0  # share of guesses that were right, recent ones counting most
 
     def guess(self, threshold: float) -> list[int]:
-        """What may follow, as far as it is likely enough: 0 to `MOST` tokens. `threshold`: see `price`."""
+        """What may follow, as far as it is likely enough: 0 to `GUESSES` tokens. `threshold`: see `price`."""
         if threshold * _MARGIN >= 1:
             return []  # not even certain ones
         self._catch_up()
         if self._source is None:
             return []
         count, chance = 0, self.right
-        while count < MOST and chance > threshold * _MARGIN:
+        while count < GUESSES and chance > threshold * _MARGIN:
             count, chance = count + 1, chance * self.right
         # A passage that reaches to the end repeats itself.
         period = len(self._tokens) - self._source
