@@ -33,12 +33,9 @@ MAX_NAME: Final = 256  # bytes of a key or a tensor name
 MAX_TEMPLATE: Final = 1 << 20  # bytes of a chat template
 MAX_TEXT: Final = 64 << 10  # bytes of any other text that is kept; longer ones are skipped
 MAX_LAYERS: Final = 4096  # items of a numeric array that are kept (per-layer settings)
+MAX_KEPT: Final = 2 << 20  # characters and numbers of all values that are kept
 MAX_ELEMENTS: Final = 1 << 48  # per tensor; keeps every product and sum far from 2^63
 
-# What a worker has beside the model: Python, llama.cpp, and the texts of a vocabulary.
-_PROCESS: Final = 100 << 20
-_GUESSES: Final = 8  # rows with logits beyond those of the slots
-_TEXTS: Final = 64  # texts that are embedded together
 _WINDOW = 1 << 20
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -79,6 +76,11 @@ class GgufHeader:
         template = self.values.get(_TEMPLATE_KEY)
         return template if isinstance(template, str) and template.strip() else None
 
+    @property
+    def for_texts(self) -> bool:
+        """Whether it was made to turn texts into vectors: only such models say how they pool."""
+        return f"{self.facts.architecture}.pooling_type" in self.values
+
     def integer(self, key: str, default: int = 0) -> int:
         """The number under `<architecture>.<key>`, or `default` where it is missing, negative or no number."""
         value = self.values.get(f"{self.facts.architecture}.{key}")
@@ -105,37 +107,6 @@ def inspect(path: Path) -> GgufHeader:
         raise NotFound(path.name, "no such file", "check the path") from None
     except OSError as error:
         raise UsageError(path.name, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
-
-
-def estimate_memory(header: GgufHeader, context: int, slots: int, batch: int) -> int:
-    """Bytes that a worker needs for `context` tokens of KV cache (f16), `slots` answers and `batch` tokens in one decode.
-
-    Weights, the process itself, and for each of its two contexts KV cache, activations, attention mask and logits. The second
-    context, which embeds, is made on first use: one batch of KV cache, but the logits of every token in it, twice. Sliding windows
-    count in full, because the worker keeps them in full.
-    """
-    outputs = slots + _GUESSES
-    batch = max(batch, outputs)
-    embedding = header.integer("embedding_length")
-    widest = max([embedding, *header.per_layer("feed_forward_length", 0)])
-    buffers = 0
-    for cells, logits in ((context, 2 * outputs), (batch, 2 * batch + _TEXTS)):
-        cells = -(-cells // 256) * 256
-        buffers += cells * _kv_bytes(header)
-        buffers += batch * (4 * (4 * embedding + 2 * widest) + 2 * cells)  # activations are f32, the mask is f16
-        buffers += 4 * logits * header.vocabulary
-    return header.tensor_bytes + buffers + _PROCESS
-
-
-def _kv_bytes(header: GgufHeader) -> int:
-    """Of one token, over all layers."""
-    heads = header.per_layer("attention.head_count", 1)
-    kv_heads = header.per_layer("attention.head_count_kv", 0)
-    if f"{header.facts.architecture}.attention.head_count_kv" not in header.values:
-        kv_heads = heads
-    head_size = header.integer("embedding_length") // max(heads[0], 1) if heads else 0
-    per_head = header.integer("attention.key_length", head_size) + header.integer("attention.value_length", head_size)
-    return 2 * sum(kv_heads) * per_head
 
 
 class _Reader:
@@ -270,6 +241,7 @@ def _metadata(reader: _Reader, count: int) -> tuple[dict[str, Value], dict[str, 
     values: dict[str, Value] = {}
     lengths: dict[str, int] = {}
     seen: set[str] = set()
+    kept = 0
     for _ in range(count):
         key = reader.name("a key")
         if key in seen:
@@ -287,6 +259,9 @@ def _metadata(reader: _Reader, count: int) -> tuple[dict[str, Value], dict[str, 
             value = _scalars(reader, kind, 1, key)[0]
         if value is not None:
             values[key] = value
+            kept += len(value) if isinstance(value, str | tuple) else 1
+        if kept > MAX_KEPT:  # each for itself is under its ceiling
+            raise _Bad("its settings are larger than those of any model", "nothing sane has that; do not use this file")
     return values, lengths
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from daemon.config import Engine as Settings
-from daemon.engine.gguf import GgufHeader, estimate_memory, inspect
+from daemon.engine.gguf import GgufHeader, inspect
 from daemon.engine.interface import Provider, Served, ServeOptions, Source
-from daemon.engine.memory import free_memory, held_by, usable_cores
+from daemon.engine.memory import estimate_embedding, estimate_memory, free_memory, held_by, usable_cores
 from daemon.engine.process import GpuLoadError, WorkerProcess
 from daemon.engine.protocol import Load
 from daemon.engine.resident import Loaded, Resident
@@ -58,6 +58,8 @@ class EngineHost:
     async def keep(self, key: str, source: Source, options: ServeOptions) -> Served:
         """See `Engine`."""
         resident = self._resident(key, source)
+        # What somebody's chat is loading may be just what is wanted here; to load it again would cut that chat off.
+        await resident.settle()
         if not resident.known or not _fits(resident.options, replace(options, keep_alive=None)):
             await resident.load_with(options)
         else:
@@ -94,7 +96,7 @@ class EngineHost:
 
     def _resident(self, key: str, source: Source) -> Resident:
         if key not in self._residents:
-            self._residents[key] = Resident(key, source, self._start, self._expired, self._on_change)
+            self._residents[key] = Resident(key, source, self._start, self._widen, self._expired, self._on_change)
         self._residents[key].source = source
         return self._residents[key]
 
@@ -107,21 +109,37 @@ class EngineHost:
         path = resident.source.path
         header = await asyncio.to_thread(inspect, path)
         options = self._resolve(header, asked)
-        needed = estimate_memory(header, options.context or 0, options.slots or 0, options.batch or 0)
+        slots, batch = options.slots or 0, options.batch or 0
+        needed, to_embed = estimate_memory(header, options.context or 0, slots, batch), estimate_embedding(header, slots, batch)
+        if header.for_texts:
+            needed, to_embed = needed + to_embed, 0
         load = Load(
             path=await asyncio.to_thread(os.path.abspath, path),  # the worker has another current folder
             context=options.context or 0,
-            slots=options.slots or 0,
+            slots=slots,
             threads=options.threads or 1,
-            batch=options.batch or 0,
+            batch=batch,
             gpu_layers=-1 if options.gpu_layers is None else options.gpu_layers,
             template=header.chat_template,
         )
         async with self._loading:
-            await self._make_room(resident, needed)
+            await self._make_room(resident, needed, _SMALLER)
             worker = await self._worker(resident, load)
         worker.on_activity = self._share_cores
-        return Loaded(worker, options, needed, automatic=asked.threads is None, threads=load["threads"])
+        return Loaded(worker, options, needed, to_embed, automatic=asked.threads is None, threads=load["threads"])
+
+    async def _widen(self, resident: Resident) -> None:
+        """Room to embed: most models never do, and the logits of a whole batch may take more than their weights.
+
+        Raises `NoMemory`.
+        """
+        loaded = resident.loaded
+        if loaded is None or not loaded.to_embed:
+            return  # and never waits for the load of another model
+        async with self._loading:
+            if loaded.to_embed:  # still: another text may have come first
+                await self._make_room(resident, loaded.to_embed, "stop another model, or serve with a smaller batch", stays=True)
+                loaded.needed, loaded.to_embed = loaded.needed + loaded.to_embed, 0
 
     async def _worker(self, resident: Resident, load: Load) -> WorkerProcess:
         log_file = self._logs / f"worker-{resident.key[:12]}.log"
@@ -161,24 +179,25 @@ class EngineHost:
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
-    async def _make_room(self, resident: Resident, needed: int) -> None:
-        """End the worker that `resident` had, and idle ones, the least recently used first, until `needed` bytes are free.
+    async def _make_room(self, resident: Resident, needed: int, hint: str, stays: bool = False) -> None:
+        """End the worker of `resident`, unless it `stays`, and idle ones, the least recently used first, until `needed` bytes are free.
 
-        Raises `NoMemory`, and ends none, when that would not be enough.
+        Raises `NoMemory` with `hint`, and ends none, when that would not be enough.
         """
         while True:
-            await asyncio.gather(*self._ending)
+            if self._ending:
+                await asyncio.wait(self._ending)  # never `gather`: when this load is cancelled they must still end
             free = await self._free()
             # Nothing is awaited between this look and `let_go`, so nobody can begin to use one of them.
             idle = sorted((one for one in self._residents.values() if one.idle and one is not resident), key=lambda one: one.used)
-            leaving = [resident, *idle] if resident.loaded is not None else idle
+            leaving = idle if stays or resident.loaded is None else [resident, *idle]
             available = free + sum(one.loaded.needed for one in leaving if one.loaded is not None)
             if needed > available:
-                raise NoMemory(resident.source.name, self._shortage(needed, available, leaving), _SMALLER)
-            if resident.loaded is None and needed <= free:
+                raise NoMemory(resident.source.name, self._shortage(resident, needed, available, leaving), hint)
+            if needed <= free and (stays or resident.loaded is None):
                 return
             log.info("%s is unloaded to make room for %s", leaving[0].source.name, resident.source.name)
-            await leaving[0].let_go().stop()
+            self._end(leaving[0])
 
     async def _free(self) -> int:
         """Bytes for models that are not loaded yet."""
@@ -192,17 +211,21 @@ class EngineHost:
 
         return await asyncio.to_thread(free)
 
-    def _shortage(self, needed: int, available: int, leaving: list[Resident]) -> str:
-        staying = [one.source.name for one in self._residents.values() if one.loaded is not None and one not in leaving]
+    def _shortage(self, resident: Resident, needed: int, available: int, leaving: list[Resident]) -> str:
+        staying = [one.source.name for one in self._residents.values() if one.loaded is not None and one not in [resident, *leaving]]
         answering = f" while {', '.join(staying)} is answering" if staying else ""
         return f"it needs about {_mebibytes(needed)} of memory, {_mebibytes(max(available, 0))} are available{answering}"
 
     def _expired(self, resident: Resident) -> None:
         if resident.idle:
             log.info("%s is unloaded: nobody asked for a while", resident.source.name)
-            task = asyncio.create_task(resident.let_go().stop(), name=f"unload {resident.key[:12]}")
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+            self._end(resident)
+
+    def _end(self, resident: Resident) -> None:
+        """Its memory is free when the task in `_ending` is done."""
+        task = asyncio.create_task(resident.let_go().stop(), name=f"unload {resident.key[:12]}")
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     # -- cores ------------------------------------------------------------------------------------------------------
 

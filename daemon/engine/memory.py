@@ -1,4 +1,4 @@
-"""How much memory is left for models."""
+"""How much memory a model needs, and how much is left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,46 @@ import re
 from pathlib import Path
 from typing import Final
 
+from daemon.engine.gguf import GgufHeader
+from daemon.engine.protocol import GUESSES, TEXTS
+
+# What a worker has beside the model: Python, llama.cpp, and the texts of a vocabulary.
+_PROCESS: Final = 100 << 20
 _CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+def estimate_memory(header: GgufHeader, context: int, slots: int, batch: int) -> int:
+    """Bytes that a worker needs for `context` tokens of KV cache (f16), `slots` answers and `batch` tokens in one decode.
+
+    Weights, the process itself, and the context that answers. Sliding windows count in full, because the worker keeps them in full.
+    """
+    outputs = slots + GUESSES
+    return header.tensor_bytes + _PROCESS + _context_bytes(header, context, max(batch, outputs), 2 * outputs)
+
+
+def estimate_embedding(header: GgufHeader, slots: int, batch: int) -> int:
+    """Bytes more once the worker embeds: a second context of one batch of KV cache, with the logits of every token in it, twice."""
+    batch = max(batch, slots + GUESSES)
+    return _context_bytes(header, batch, batch, 2 * batch + TEXTS)
+
+
+def _context_bytes(header: GgufHeader, cells: int, batch: int, logits: int) -> int:
+    """KV cache, activations (f32), attention mask (f16), and rows of logits (f32)."""
+    embedding = header.integer("embedding_length")
+    widest = max([embedding, *header.per_layer("feed_forward_length", 0)])
+    cells = -(-cells // 256) * 256
+    return cells * _kv_bytes(header) + batch * (4 * (4 * embedding + 2 * widest) + 2 * cells) + 4 * logits * header.vocabulary
+
+
+def _kv_bytes(header: GgufHeader) -> int:
+    """Of one token, over all layers."""
+    heads = header.per_layer("attention.head_count", 1)
+    kv_heads = header.per_layer("attention.head_count_kv", 0)
+    if f"{header.facts.architecture}.attention.head_count_kv" not in header.values:
+        kv_heads = heads
+    head_size = header.integer("embedding_length") // max(heads[0], 1) if heads else 0
+    per_head = header.integer("attention.key_length", head_size) + header.integer("attention.value_length", head_size)
+    return 2 * sum(kv_heads) * per_head
 
 
 def free_memory() -> int:

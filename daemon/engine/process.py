@@ -68,7 +68,11 @@ class WorkerProcess:
 
         `queue` chats may wait beyond those that are answered; `timeout` is in seconds.
         """
-        folder, output = await asyncio.to_thread(_prepare, log)
+        try:
+            folder, output = await asyncio.to_thread(_prepare, log)
+        except OSError as error:
+            why = f"its worker has no folder ({error.strerror})"
+            raise ModelLoadError("the model", why, "check the disk of the data folder") from error
         try:
             process = await _spawn(folder, output)
         except OSError as error:
@@ -151,9 +155,15 @@ class WorkerProcess:
         try:
             await asyncio.wait_for(asyncio.shield(self._listener), _STOP_S)
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self._kill()
             await self._listener
+        except asyncio.CancelledError:
+            self._kill()  # whoever cannot wait leaves no process behind either
+            raise
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     @property
     def _process_input(self) -> asyncio.StreamWriter:
@@ -191,9 +201,9 @@ class WorkerProcess:
         try:
             while (message := await receive(self._process.stdout)) is not None:
                 self._dispatch(message)
-        except ProtocolError:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+        except (ProtocolError, LookupError, TypeError, ValueError):
+            # It has read a stranger's file, so it may say anything; whoever waits for it must hear of its end all the same.
+            self._kill()
         # Its side of the pipe is closed: it has ended or is about to.
         code = await self._process.wait()
         self._gone = "it was stopped" if self._stopping else self._why(code)

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S: Final = 0.5
 LONGEST_PAUSE_S: Final = 60.0
+_DOUBLED: Final = 16  # times at most: the longest pause is reached long before, and a float ends at 2**1024
 PATIENCE_S: Final = 5.0  # an asker waits so long for the end of a pause
 
 
@@ -45,6 +46,7 @@ class Loaded:
     worker: WorkerProcess
     options: ServeOptions  # all filled in
     needed: int  # bytes, by the estimate
+    to_embed: int  # bytes more as soon as it embeds; 0: they are in `needed`
     automatic: bool  # nobody chose its number of threads
     threads: int
 
@@ -53,14 +55,22 @@ Start = Callable[["Resident", ServeOptions], Awaitable[Loaded]]
 
 
 class Resident:
-    """A `Provider`. `start` makes a worker, `expired` ends an idle one, `changed` is called when others should hear of it."""
+    """A `Provider`."""
 
     def __init__(
-        self, key: str, source: Source, start: Start, expired: Callable[[Resident], None], changed: Callable[[str], None]
+        self,
+        key: str,
+        source: Source,
+        start: Start,
+        widen: Callable[[Resident], Awaitable[None]],
+        expired: Callable[[Resident], None],
+        changed: Callable[[str], None],
     ) -> None:
+        """`start` makes a worker, `widen` makes room for it to embed, `expired` ends an idle one, `changed` tells others."""
         self.key = key
         self.source = source
         self._start = start
+        self._widen = widen
         self._expired = expired
         self._changed = changed
         self.kept = False
@@ -99,6 +109,7 @@ class Resident:
     async def embed(self, request: EmbeddingRequest) -> Embeddings:
         """See `Provider`, and `generate`."""
         async with self._lease() as worker:
+            await self._widen(self)
             vectors = await worker.embed(request)
             self._failures = 0
             return vectors
@@ -135,19 +146,30 @@ class Resident:
 
     async def load(self) -> None:
         """Have a worker. Raises `ModelLoadError`, `NoMemory`, `UsageError`, what the source raises, or `Unavailable` when stopped."""
-        if self.loaded is None:
-            await self._join(self._loading or self._begin(self.asked))
+        stops = self._stops
+        while self.loaded is None and not await self._join(self._loading or self._begin(self.asked)):
+            # Those who had begun it went away, and this came while it was being ended.
+            if self._stops != stops:
+                raise _stopped()
 
-    async def load_with(self, asked: ServeOptions) -> None:
-        """Have a worker that runs with `asked`; one with other options is ended when these are known to fit. Raises as `load` does."""
+    async def settle(self) -> None:
+        """Wait for a load that others have begun, whatever comes of it. Raises `Unavailable` when stopped."""
         stops = self._stops
         while self._loading is not None:
             with suppress(SwarmError):
                 await self._join(self._loading)
         if self._stops != stops:
             raise _stopped()
+
+    async def load_with(self, asked: ServeOptions) -> None:
+        """Have a worker that runs with `asked`; one with other options is ended when these are known to fit. Raises as `load` does.
+
+        Nobody else may be loading: see `settle`.
+        """
+        stops = self._stops
         self._reset()
-        await self._join(self._begin(asked))
+        if not await self._join(self._begin(asked)) or self._stops != stops:
+            raise _stopped()
 
     def _begin(self, asked: ServeOptions) -> asyncio.Task[None]:
         task = asyncio.create_task(self._load(asked), name=f"load {self.key[:12]}")
@@ -161,7 +183,8 @@ class Resident:
         if not task.cancelled():
             task.exception()  # nobody may be there any more to hear it
 
-    async def _join(self, task: asyncio.Task[None]) -> None:
+    async def _join(self, task: asyncio.Task[None]) -> bool:
+        """Wait for a load and raise what it raises; False when it was given up."""
         self._waiting += 1
         try:
             await asyncio.wait({task})
@@ -171,8 +194,9 @@ class Resident:
                 task.cancel()
                 await asyncio.wait({task})
         if task.cancelled():
-            raise _stopped()
+            return False
         task.result()
+        return True
 
     async def _load(self, asked: ServeOptions) -> None:
         try:
@@ -201,7 +225,7 @@ class Resident:
             self._failed(reason)
 
     def _failed(self, reason: str) -> None:
-        pause = min(FIRST_PAUSE_S * 2**self._failures, LONGEST_PAUSE_S)
+        pause = min(FIRST_PAUSE_S * 2 ** min(self._failures, _DOUBLED), LONGEST_PAUSE_S)
         self._failures += 1
         self._reason = reason
         self._retry_at = asyncio.get_running_loop().time() + pause
@@ -254,6 +278,8 @@ class Resident:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        if self._restarting in tasks:
+            self._restarting = None  # it was cancelled before its first step, so its `finally` never came
         was_loaded = self.loaded is not None
         if was_loaded:
             await self.let_go().stop()
@@ -315,8 +341,6 @@ class Resident:
             reason=self._reason,
             expires=max(self._expiry.when() - asyncio.get_running_loop().time(), 0) if self._expiry else None,
         )
-
-
 
 
 def _stopped() -> Unavailable:

@@ -19,9 +19,10 @@ import pytest_asyncio
 
 from daemon.config import Engine as Settings
 from daemon.engine import resident
-from daemon.engine.gguf import estimate_memory, inspect
+from daemon.engine.gguf import inspect
 from daemon.engine.host import EngineHost
 from daemon.engine.interface import Delta, EmbeddingRequest, ServeOptions
+from daemon.engine.memory import estimate_embedding, estimate_memory
 from daemon.engine.process import WorkerProcess
 from daemon.engine.protocol import Load
 from daemon.errors import InferenceError, ModelLoadError, NoMemory, Refused, Restarting, SwarmError, Unavailable
@@ -112,6 +113,15 @@ async def test_a_load_that_nobody_waits_for_any_more_is_cancelled(engine: Engine
         one.cancel()
     await asyncio.gather(*asking, return_exceptions=True)
     assert engine.models() == {} and children() == []
+
+
+async def test_to_serve_what_a_chat_is_loading_waits_for_it_and_leaves_the_chat_alone(engine: EngineHost, model_file: Path) -> None:
+    file = File(model_file)
+    asking = asyncio.create_task(answer(engine.provider(KEY, file), ask(max_tokens=8)))
+    await until(children)
+    served = await engine.keep(KEY, file, ServeOptions())
+    assert (await asking)[1].usage is not None
+    assert (engine.models()[KEY].pid, file.checks) == (served.pid, 1)
 
 
 # -- options ------------------------------------------------------------------------------------------------------------
@@ -209,6 +219,12 @@ def needed(model_file: Path) -> int:
     return estimate_memory(inspect(model_file), 256, 1, 256)
 
 
+@pytest.fixture
+def more(model_file: Path) -> int:
+    """Bytes beside them as soon as it embeds."""
+    return estimate_embedding(inspect(model_file), 1, 256)
+
+
 async def test_the_least_recently_used_leaves_first(make: Make, model_file: Path, needed: int) -> None:
     engine = make(memory=2 * needed + (1 << 20))
     one, two, three = ((key, File(model_file, key[:2])) for key in MODELS)
@@ -257,7 +273,23 @@ async def test_the_estimate_is_not_less_than_the_truth(engine: EngineHost, model
     await provider.embed(EmbeddingRequest(("word " * (batch // 2 - 8),) * 2))
     status = Path(f"/proc/{served.pid}/status").read_text()
     resident = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-    assert resident <= served.memory < 1.5 * resident
+    assert resident <= engine.models()[KEY].memory < 1.5 * resident
+
+
+async def test_room_to_embed_is_made_when_somebody_embeds(make: Make, model_file: Path, needed: int, more: int) -> None:
+    texts = EmbeddingRequest(("a cat",))
+    engine = make(memory=2 * needed + more - 1)
+    await engine.keep(OTHER, File(model_file, "idler"), ServeOptions())
+    provider = await load(engine, model_file)
+    assert engine.models()[KEY].memory == needed
+    chat = await begin(engine, model_file, OTHER)
+    with pytest.raises(NoMemory, match="answering"):
+        await provider.embed(texts)
+    await close(chat)
+    for _ in range(2):
+        assert (await provider.embed(texts)).vectors
+        assert engine.models()[KEY].memory == needed + more
+    assert states(engine) == {KEY: "loaded", OTHER: "idle"}
 
 
 # -- dying --------------------------------------------------------------------------------------------------------------
@@ -311,6 +343,24 @@ async def test_a_worker_that_dies_again_and_again_is_no_busy_loop(
     assert engine.models()[KEY].restarts == 3
     await answer(provider, ask(max_tokens=2))
     assert engine._residents[KEY]._failures == 0
+
+
+async def test_a_worker_that_speaks_nonsense_is_ended(engine: EngineHost, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await load(engine, model_file)
+    dispatch = WorkerProcess._dispatch
+    monkeypatch.setattr(WorkerProcess, "_dispatch", lambda worker, message: dispatch(worker, {}))
+    with pytest.raises(InferenceError, match="SIGKILL"):
+        await answer(engine.provider(KEY, File(model_file)), ask(max_tokens=2))
+    monkeypatch.undo()
+    await until(lambda: states(engine) == {KEY: "loaded"})
+
+
+async def test_without_room_for_its_log_a_worker_is_not_started(tmp_path: Path, model_file: Path) -> None:
+    (tmp_path / "logs").write_text("a file")
+    engine = EngineHost(Settings(), tmp_path / "logs", nothing)
+    with pytest.raises(ModelLoadError, match="no folder"):
+        await engine.keep(KEY, File(model_file), ServeOptions())
+    await engine.close()
 
 
 # -- ending -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.engine.gguf import MAX_ARRAY, MAX_KEYS, GgufHeader, estimate_memory, inspect
+from daemon.engine.gguf import MAX_ARRAY, MAX_KEYS, GgufHeader, inspect
+from daemon.engine.memory import estimate_embedding, estimate_memory
 from daemon.errors import NotFound, SwarmError, UsageError
 from tests.unit.gguf_files import ARRAY, BOOL, I8, I32, METADATA, STRING, U32, U64, header, padded, text, tiny_gguf
 
@@ -102,6 +103,15 @@ def test_r7_absurd_arrays_are_refused(tmp_path: Path, count: int, kind: int) -> 
     entry = text("x") + struct.pack("<IIQ", ARRAY, kind, count)
     content = header(keys=len(METADATA) + 1) + entry
     assert "damaged" in refused(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("entry", "count"),
+    [(struct.pack("<IIQ", ARRAY, I32, 4096) + bytes(4 * 4096), 512), (struct.pack("<I", STRING) + text("x" * 60_000), 35)],
+)
+def test_r7_many_values_that_each_are_small_enough_are_refused(tmp_path: Path, entry: bytes, count: int) -> None:
+    entries = b"".join(text(f"x{number}") + entry for number in range(count))
+    assert "larger than those of any model" in refused(tmp_path, header(keys=len(METADATA) + count) + entries)
 
 
 @pytest.mark.parametrize("length", [2**64 - 1, 2**63, 2**40, 10**6])
@@ -211,6 +221,8 @@ def test_memory_is_weights_and_kv_and_logits(tmp_path: Path) -> None:
     assert large - small == 256 * 2 * 2 * (16 + 16) * 2 + 64 * 256 * 2  # tokens x layers x KV heads x (key + value) x f16, and the mask
     assert estimate_memory(found, 256, 2, 64) - small == 2 * 4 * found.vocabulary
     assert small > found.tensor_bytes
+    # Whoever embeds has a row of logits for each token of a batch, twice.
+    assert estimate_embedding(found, 1, 128) - estimate_embedding(found, 1, 64) > 64 * 2 * 4 * found.vocabulary
 
 
 VALID = padded(header(tensors=[("a", (64,), I8, 0), ("b", (64, 2), I8, 64)])) + bytes(192)
