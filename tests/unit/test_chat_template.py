@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -157,3 +159,15 @@ def test_what_may_be_a_stop_string_waits() -> None:
     assert answer.push(b"D of it")[0] == ""
     assert answer.stopped
     assert answer.push(b"more") == answer.finish() == ("", ())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no limit of memory elsewhere")
+def test_a_limit_of_memory_from_outside_stays() -> None:
+    script = (
+        "import resource; from daemon.engine.worker.isolation import limited; "
+        "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
+        "with limited(60, 2**40): print(resource.getrlimit(resource.RLIMIT_AS)[0])\n"
+        "print(resource.getrlimit(resource.RLIMIT_AS)[0])"
+    )
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert child.stdout.split() == [str(2**30)] * 2

@@ -63,7 +63,8 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGALRM, expired)
     if (used := _address_space()) is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (used + memory, before[1]))
+        ceilings = [one for one in before if one != resource.RLIM_INFINITY]  # whoever started the daemon may have set some
+        resource.setrlimit(resource.RLIMIT_AS, (min([used + memory, *ceilings]), before[1]))
     # Again and again: Jinja takes any exception of a constant expression for "not constant".
     signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
     signal.setitimer(signal.ITIMER_VIRTUAL, 3 * seconds)
