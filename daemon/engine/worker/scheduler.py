@@ -64,10 +64,14 @@ class Scheduler:
         """One decode, and what follows from it. Raises `LlamaError` when the context is no longer usable."""
         self._step += 1
         self._admit()
-        rows, parts = self._compose(guessing=self._llama.can_roll_back)
+        guessing = self._llama.can_roll_back
+        rows, parts = self._compose(guessing)
         while rows and not self._llama.decode(rows):
-            self._make_room()
-            rows, parts = self._compose(guessing=False)
+            # Nobody gives up anything for what may be wrong.
+            if not guessing:
+                self._make_room()
+            guessing = False
+            rows, parts = self._compose(guessing)
         for part in parts:
             self._draw(part)
 
