@@ -209,7 +209,8 @@ def means(model: str | None, row: Mapping[str, Any]) -> bool:
         return False
     ref = model.removeprefix("ipfs://")
     code = model.removeprefix("#").lower()
-    return code.startswith(row["code"]) or ref in (row["cid"], row["name"], row["infohash"], row["infohash_v2"], row["magnet"])
+    names = ("cid", "manifest", "name", "infohash", "infohash_v2", "magnet")
+    return code.startswith(row["code"]) or ref in [row[name] for name in names]
 
 
 def choose(model: str, rows: Sequence[Mapping[str, Any]]) -> bool:

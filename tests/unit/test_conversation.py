@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from swarmctl.conversation import MAX_TEXT, ORDERS, Conversation, Lines, Order, Say, choose, from_document, means, parse, usage
 from swarmctl.failure import NOT_FOUND, USAGE, Failure
 
-ROW = {"code": "abc2def", "cid": "bafyx", "name": "tiny", "infohash": "1" * 40, "infohash_v2": None, "magnet": None, "serving": True}
+ROW = {
+    "code": "abc2def", "cid": "bafyx", "manifest": "bafkm", "name": "tiny", "infohash": "1" * 40,
+    "infohash_v2": None, "magnet": None, "serving": True,
+}  # fmt: skip
 
 
 def said(conversation: Conversation) -> list[str]:
@@ -203,7 +206,7 @@ def test_help_names_every_order() -> None:
 
 @pytest.mark.parametrize(("model", "same"), [
     ("abc2def", True), ("#ABC2DEF", True), ("#abc2defgh", True), ("abc2de", False), ("bafyx", True), ("ipfs://bafyx", True),
-    ("tiny", True), ("1" * 40, True), ("other", False), ("", False), (None, False),
+    ("bafkm", True), ("tiny", True), ("1" * 40, True), ("other", False), ("", False), (None, False),
 ])  # fmt: skip
 def test_which_row_is_meant(model: str | None, same: bool) -> None:
     assert means(model, ROW) is same
