@@ -14,7 +14,6 @@ setup:  ## packages into .venv, Kubo and a small model into .cache (about five m
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 on PATH; install one, or run make PYTHON=/path/to/python" >&2; exit 2; }
 	@$(PYTHON) .ci/setup.py
 
-# Empty where set-up took the Kubo that is on PATH: then the nodes find it there too.
 demo: setup  ## the main job on three nodes of this machine
 	@$(BIN)/python examples/demo.py
 

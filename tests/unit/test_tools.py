@@ -145,6 +145,14 @@ def test_an_answer_that_was_cut_off_has_the_calls_that_began() -> None:
     assert told(Answer(MISTRAL, [text[: text.index("f.x-2")]])) == [("weather", ARGUMENTS)]
 
 
+@pytest.mark.parametrize("text", ["<tool_call>\n", '<tool_call>{"na', '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n\n<tool'])
+def test_of_an_answer_held_to_calls_that_was_cut_off_no_mark_becomes_text(text: str) -> None:
+    parser = ToolParser(HERMES, ["f"], only=True)
+    deltas = [*map(parser.push, text), parser.finish()]
+    assert "".join(delta.text for delta in deltas) == ""
+    assert parser.calls == text.count("arguments")
+
+
 def test_what_a_model_thinks_is_no_call() -> None:
     call = CALLS["hermes"] % "{}"
     thought = '<think>maybe <tool_call>{"name": "weather", "arguments": {}}</tool_call>?</think>'

@@ -296,6 +296,9 @@ def test_vectors_of_another_form_are_refused(data: Any) -> None:
 
 def test_a_list_of_models() -> None:
     assert models({"object": "list", "data": [{"id": "a"}, {"id": "b", "more": 1}]}) == ["a", "b"]
+    # Another node lists codes; its models have names as well.
+    named = [{"id": "pecbsxp", "name": "smol"}, {"id": "a", "name": "a"}, {"id": "b", "name": 7}]
+    assert models({"data": named}) == ["pecbsxp", "a", "b", "smol"]
     for wrong in (None, {}, {"data": {}}, {"data": [{"id": 7}]}, {"data": ["a"]}, {"data": [{"id": "a"}] * 5000}):
         with pytest.raises(Malformed):
             models(wrong)

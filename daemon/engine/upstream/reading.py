@@ -154,11 +154,12 @@ def embeddings(document: Any, count: int) -> Embeddings:
 
 
 def models(document: Any) -> list[str]:
-    """The ids of a list of models. Raises `Malformed`."""
+    """The ids of a list of models, and behind them the names that a node of the swarm gives beside its codes. Raises `Malformed`."""
     _require(isinstance(document, dict) and isinstance(document.get("data"), list) and len(document["data"]) <= MAX_MODELS)
     ids = [entry.get("id") if isinstance(entry, dict) else None for entry in document["data"]]
     _require(all(isinstance(one, str) for one in ids))
-    return [str(one) for one in ids]
+    names = [entry["name"] for entry in document["data"] if isinstance(entry.get("name"), str)]
+    return [*map(str, ids), *(name for name in names if name not in ids)]
 
 
 def _vector(given: Any) -> bytes:

@@ -11,6 +11,7 @@ import codecs
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -34,6 +35,8 @@ Tokenizer = LLTokenizer
 
 _KEPT: Final = 32  # grammars
 _PATIENCE: Final = 30.0  # seconds for a check that may use one second of CPU: the machine may be busy
+_PLACE: Final = re.compile(r"<|\(|\s*\d*\s*\||\s*\^")  # lines that show a piece of the grammar
+_WHERE: Final = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 _LONGEST: Final = 300  # characters of a reason
 
 
@@ -141,8 +144,8 @@ def _raise_for(matcher: Ready) -> None:
 
 def _line(message: str) -> str:
     """The reason without where it stands in a grammar that nobody has seen."""
-    lines = [line for line in message.splitlines() if line.strip() and not line.startswith(("<", "("))]
-    return ascii(" ".join(" ".join(lines).split())[:_LONGEST])[1:-1]
+    lines = [line for line in message.splitlines() if line.strip() and not _PLACE.match(line)]
+    return ascii(_WHERE.sub("", " ".join(" ".join(lines).split()))[:_LONGEST])[1:-1]
 
 
 # --- what holds one answer ---

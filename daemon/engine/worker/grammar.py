@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from daemon.engine.codec import MAX_CALLS
 from daemon.engine.interface import ChatRequest, Tool
 from daemon.engine.worker.tools import SPACES, Format
 
-_WHITESPACE: Final = r"\x20|\x0A[\x20\x09]{0,32}"
+_WHITESPACE: Final = r"\x20|\x0A\x20{0,16}"
+_MOST_CALLS: Final = 8  # in an answer that is held to calls: a small model has no other end than this
 _COMBINED: Final = frozenset({"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties"})
 
 
@@ -68,7 +68,7 @@ def _calls(style: Format, tools: Sequence[Tool], control: Mapping[str, int], sev
         f"SPACE: /[ \\t\\r\\n]{{1,{SPACES}}}/",
     ]
     more = marks(style.more or style.head)
-    repeated = f"(ws {more} call){{0,{MAX_CALLS - 1}}}" if several else ""
+    repeated = f"(ws {more} call){{0,{_MOST_CALLS - 1}}}" if several else ""
     lines.append(f"start: calls{otherwise}")
     lines.append(f"calls: {marks(style.head)} call {repeated} {f'ws {marks(style.end)}' if style.end else ''}")
     return "\n".join(lines)

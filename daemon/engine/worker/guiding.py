@@ -67,7 +67,8 @@ class Guide:
         """None where no tools are offered: then nothing is a call."""
         if not request.tools or request.tool_choice == "none":
             return None
-        return ToolParser(self._style, [tool.name for tool in request.tools], thinking)
+        names = [tool.name for tool in request.tools]
+        return ToolParser(self._style, names, thinking, only=request.tool_choice == "required")
 
     def _piece(self, token: int) -> bytes:
         return self.marks.get(token) or self._llama.piece(token)

@@ -21,6 +21,7 @@ TEMPLATE_MEMORY: Final = 256 << 20  # bytes
 _LONGEST_TOKEN: Final = 64  # characters; what is longer than this times the context cannot fit it
 _MOST_VECTORS: Final = MAX_FRAME // 2  # bytes, which base64 makes a third more
 _SHORTEN: Final = "shorten it or serve with more context"
+_SPLIT: Final = "split it or serve with a larger batch"
 
 
 class Refused(Exception):
@@ -75,7 +76,7 @@ class Prompts:
         found = []
         for given in request.inputs:
             if isinstance(given, str):
-                self._check_length("the input", given, longest)
+                self._check_length("the input", given, longest, _SPLIT)
                 tokens = self._llama.tokenise(given, control=False, whole=True)
             else:
                 tokens = self._given("the input", given)
@@ -83,7 +84,7 @@ class Prompts:
                 raise Refused("UsageError", "the input", "a text is empty", "leave it out")
             if len(tokens) > longest:
                 why = f"a text has {len(tokens)} tokens, {longest} can be embedded at once"
-                raise Refused("ContextOverflow", "the input", why, "split it or serve with a larger batch")
+                raise Refused("ContextOverflow", "the input", why, _SPLIT)
             found.append(tokens)
         return found
 
@@ -119,7 +120,7 @@ class Prompts:
         first, begin = self._llama.first_token(), self._special["bos_token"]
         return [] if first is None or (begin and text.startswith(begin)) else [first]
 
-    def _check_length(self, what: str, text: str, tokens: int) -> None:
+    def _check_length(self, what: str, text: str, tokens: int, hint: str = _SHORTEN) -> None:
         """Not even tokenised: it would take long, and cannot fit."""
         if len(text) > _LONGEST_TOKEN * tokens:
-            raise Refused("ContextOverflow", what, f"it cannot fit {tokens} tokens", _SHORTEN)
+            raise Refused("ContextOverflow", what, f"it cannot fit {tokens} tokens", hint)

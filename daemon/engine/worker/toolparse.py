@@ -48,10 +48,16 @@ class JsonObject:
 
 
 class ToolParser:
-    """One answer. `names` are the tools that were offered; `thinking` says that the prompt ended in <think>."""
+    """One answer. `names` are the tools that were offered; `thinking` says that the prompt ended in <think>.
 
-    def __init__(self, style: Format, names: Collection[str], thinking: bool = False, make_id: Callable[[], str] = new_id) -> None:
+    `only`: the answer is held to calls, so whatever text there is are marks around them, or one that was cut off.
+    """
+
+    def __init__(
+        self, style: Format, names: Collection[str], thinking: bool = False, make_id: Callable[[], str] = new_id, *, only: bool = False
+    ) -> None:
         self._style = style
+        self._only = only
         self._names = frozenset(names)
         self._make_id = make_id
         self._watch = Watch(style, thinking)
@@ -81,7 +87,7 @@ class ToolParser:
         return self._take()
 
     def _take(self) -> Delta:
-        delta = Delta(text="".join(self._text), tool_calls=tuple(self._calls))
+        delta = Delta(text="" if self._only else "".join(self._text), tool_calls=tuple(self._calls))
         self._text.clear()
         self._calls.clear()
         return delta
