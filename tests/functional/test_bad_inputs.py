@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,11 +24,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.functional import forgery
 from tests.functional.forgery import Forger
 from tests.functional.nodes import Failed, Node, nodes, until
-from tests.functional.test_transfers import interrupt_half_way
+from tests.functional.test_transfers import interrupt
 from tests.unit.gguf_files import tiny_gguf
 
 MIB = 1 << 20
 SIZE = 4 * MIB + 123
+LARGE = 16 * MIB + 123  # at 2 MiB/s: eight seconds
 NO_IPFS = ("--ipfs-enabled", "false")
 NOWHERE = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"  # a CID that nobody here announces
 
@@ -331,7 +333,7 @@ class Tmpfs:
 
     def __init__(self, node: Node) -> None:
         (node.home / "models").mkdir(parents=True)
-        mount = f"mount -t tmpfs -o size={SIZE + 72 * MIB} none '{node.home / 'models'}' && exec \"$@\""
+        mount = f"mount -t tmpfs -o size={LARGE + 72 * MIB} none '{node.home / 'models'}' && exec \"$@\""
         self.within = [*UNSHARE, "sh", "-c", mount, "sh"]
         self._node = node
 
@@ -343,11 +345,10 @@ class Tmpfs:
     def full(self) -> None:
         """Up to the last byte: written, because a file system may promise more than it has."""
         with (self.models / "ballast").open("wb", buffering=0) as ballast:
-            try:
-                while True:
-                    ballast.write(bytes(4096))
-            except OSError:
-                pass
+            for block in (bytes(MIB), bytes(4096)):
+                with contextlib.suppress(OSError):
+                    while True:
+                        ballast.write(block)
 
     def free(self) -> None:
         (self.models / "ballast").unlink()
@@ -391,13 +392,13 @@ NO_MOUNT = pytest.mark.skipif(not UNSHARE, reason="nobody may mount here; Limit 
 
 @pytest.mark.parametrize("kind", [pytest.param(Tmpfs, marks=NO_MOUNT), Limit])
 def test_a_full_disk_in_a_pull(a: Node, node: Callable[[str], Node], tmp_path: Path, kind: Any) -> None:
-    path = tiny_gguf(tmp_path / "large.gguf", SIZE, seed=14)
+    path = tiny_gguf(tmp_path / "large.gguf", LARGE, seed=14)
     model = a.run("publish", str(path))
     puller = node("puller")
     disk = kind(puller)
     puller.up(*NO_IPFS, "--transfer-download-rate", "2MiB", within=disk.within)
     puller.join(a)
-    pull = interrupt_half_way(puller, model["code"], disk.full)
+    pull = interrupt(puller, model["code"], disk.full)
     stdout, stderr = pull.communicate(timeout=60)
     assert (pull.returncode, json.loads(stdout)["error"]["code"]) == (6, 6), stderr
     assert "Traceback" not in stderr

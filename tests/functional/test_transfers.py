@@ -19,7 +19,7 @@ from tests.unit.gguf_files import tiny_gguf
 
 MIB = 1 << 20
 SIZE = 64 * MIB + 12345  # no multiple of a leaf or a piece; much more than a source has in flight
-SLOW = "16MiB"
+SLOW = "8MiB"  # eight seconds for all of it: a test that is kept waiting still finds the transfer under way
 
 
 @pytest.fixture
@@ -47,16 +47,16 @@ def disk_usage(folder: Path) -> int:
     return sum(seen.values())
 
 
-def interrupt_half_way(puller: Node, ref: str, act: Callable[[], None]) -> subprocess.Popen[str]:
-    """Start a pull and do something when half of it is there."""
+def interrupt(puller: Node, ref: str, act: Callable[[], None]) -> subprocess.Popen[str]:
+    """Start a pull and do something when a quarter of it is there, which leaves most of the time for doing it."""
     pull = puller.start("pull", ref, "--json")
     assert pull.stderr is not None
     for line in pull.stderr:
         progress = json.loads(line) if line.startswith("{") else {}
-        if progress.get("size") and progress["received"] > progress["size"] / 2:
+        if progress.get("size") and progress["received"] > progress["size"] / 4:
             act()
             return pull
-    raise AssertionError(f"the pull was over before half of it came: {pull.stdout.read() if pull.stdout else ''}")
+    raise AssertionError(f"the pull was over before a quarter of it came: {pull.stdout.read() if pull.stdout else ''}")
 
 
 def finished(pull: subprocess.Popen[str]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def test_kubo_killed_in_the_middle_and_bittorrent_finishes(node: Callable[[str],
     b.join(a)
     model = a.run("publish", str(original))
     kubo = b.run("status")["ipfs"]["pid"]
-    pulled = finished(interrupt_half_way(b, model["code"], lambda: os.kill(kubo, signal.SIGKILL)))
+    pulled = finished(interrupt(b, model["code"], lambda: os.kill(kubo, signal.SIGKILL)))
     assert pulled["sources"]["ipfs"] > 0
     assert pulled["sources"]["bittorrent"] > 0
     assert pulled["sources"]["ipfs"] + pulled["sources"]["bittorrent"] == SIZE  # nothing verified was fetched again
@@ -145,7 +145,7 @@ def test_kill_9_of_the_daemon_in_the_middle_then_resume(node: Callable[[str], No
     b.join(a)
     model = a.run("publish", str(original))
     kubo = b.status["ipfs"]["pid"]
-    pull = interrupt_half_way(b, model["code"], b.kill)
+    pull = interrupt(b, model["code"], b.kill)
     pull.communicate(timeout=60)
     assert pull.returncode == 7
     assert b.blobs() == []
@@ -157,7 +157,7 @@ def test_kill_9_of_the_daemon_in_the_middle_then_resume(node: Callable[[str], No
     assert sha256(blob(b, pulled)) == model["sha256"]
     # The daemon goes on by itself when it starts, so the command may have come when all was there already.
     resumed = call(b, "GET", "/api/transfers")[0]
-    assert SIZE > resumed["sources"]["disk"] > SIZE / 3  # what had come was kept
+    assert SIZE > resumed["sources"]["disk"] > SIZE / 5  # what had come was kept
     assert sum(resumed["sources"].values()) == SIZE
 
 
@@ -166,14 +166,14 @@ def test_interrupting_a_pull_keeps_what_came(node: Callable[[str], Node], origin
     b.join(a)
     code = a.run("publish", str(original))["code"]
     pull = b.start("pull", code, "--json")
-    interrupted = interrupt_half_way(b, code, lambda: None)
+    interrupted = interrupt(b, code, lambda: None)
     interrupted.send_signal(signal.SIGINT)
     interrupted.communicate(timeout=30)
     assert interrupted.returncode == 130
     pull.communicate(timeout=30)  # the same transfer, watched by two: cancelled is cancelled
     assert pull.returncode != 0
     assert b.blobs() == []
-    assert b.run("pull", code)["sources"]["disk"] > SIZE / 3
+    assert b.run("pull", code)["sources"]["disk"] > SIZE / 5
 
 
 def test_two_publishers_one_identity(node: Callable[[str], Node], original: Path, tmp_path: Path) -> None:
