@@ -10,20 +10,18 @@ What is already there is left alone, so a second run takes a second.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import os
 import platform
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from setup import CACHE, CI, LLAMA, NO_AMX, PYTHON, VENV, Children, Failed, Lane, Screen, key, sha256, side_by_side, split_lock
+from setup import CACHE, CI, LLAMA, NO_AMX, PYTHON, VENV, Children, Failed, Lane, Screen, alone, key, sha256, side_by_side, split_lock
 
 BENCH = CACHE / "bench"
 WORK = BENCH / "tmp"  # not set-up's, which every other make empties
@@ -133,29 +131,12 @@ def gemma(lane: Lane) -> None:
     part.replace(GEMMA)
 
 
-def main() -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    screen, children = Screen(), Children()
+def prepare(screen: Screen, children: Children) -> None:
     steps: dict[str, Callable[[Lane], None]] = {"llama-server": server, "llama_cpp.server": site, "gemma": gemma}
-    try:
-        BENCH.mkdir(parents=True, exist_ok=True)
-        with (BENCH / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a second make waits for the first
-            shutil.rmtree(WORK, ignore_errors=True)
-            WORK.mkdir()
-            lanes = {name: functools.partial(step, Lane(name, screen, children)) for name, step in steps.items()}
-            side_by_side(lanes, screen, children)
-            shutil.rmtree(WORK)
-    except KeyboardInterrupt:
-        children.end_all()
-        print("interrupted; run it again to go on", file=sys.stderr)
-        return 130
-    except (Failed, OSError, subprocess.SubprocessError) as error:
-        print(f"error: bench set-up: {error}", file=sys.stderr)
-        return 1
-    screen.say("set up")
-    return 0
+    lanes = {name: functools.partial(step, Lane(name, screen, children)) for name, step in steps.items()}
+    side_by_side(lanes, screen, children)
+    shutil.rmtree(WORK)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(alone("bench set-up", BENCH / "lock", WORK, prepare))

@@ -364,28 +364,33 @@ def set_up(screen: Screen, children: Children) -> None:
     )
 
 
-def main() -> int:
-    if not (3, 11) <= sys.version_info[:2] < (3, 14):
-        print(f"error: Python {platform.python_version()}: swarmctl needs 3.11, 3.12 or 3.13; run make PYTHON=python3.12", file=sys.stderr)
-        return 2
+def alone(what: str, lock_file: Path, temporary: Path, work: Callable[[Screen, Children], None]) -> int:
+    """Do `work` with an empty `temporary` while nobody else holds `lock_file`; the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     screen, children = Screen(), Children()
-    CACHE.mkdir(exist_ok=True)
     try:
-        with (CACHE / "setup.lock").open("w") as lock:
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        with lock_file.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a second make waits for the first
-            shutil.rmtree(TEMPORARY, ignore_errors=True)
-            TEMPORARY.mkdir()
-            set_up(screen, children)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            work(screen, children)
     except KeyboardInterrupt:
         children.end_all()
         print("interrupted; run it again to go on", file=sys.stderr)
         return 130
     except (Failed, OSError, subprocess.SubprocessError) as error:
-        print(f"error: set-up: {error}", file=sys.stderr)
+        print(f"error: {what}: {error}", file=sys.stderr)
         return 1
     screen.say("set up")
     return 0
+
+
+def main() -> int:
+    if not (3, 11) <= sys.version_info[:2] < (3, 14):
+        print(f"error: Python {platform.python_version()}: swarmctl needs 3.11, 3.12 or 3.13; run make PYTHON=python3.12", file=sys.stderr)
+        return 2
+    return alone("set-up", CACHE / "setup.lock", TEMPORARY, set_up)
 
 
 if __name__ == "__main__":

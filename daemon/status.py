@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime, timedelta
+import time
 from typing import Any
 
+from daemon.api import views
 from daemon.config import Config
 from daemon.errors import SwarmError
 from daemon.ipfs.keeper import IpfsKeeper
@@ -51,7 +52,8 @@ class Status:
     async def read(self) -> dict[str, Any]:
         address = self._announcer.address()
         ipfs = await self._ipfs()
-        served = [model.identity for model in self._library.models() if model.identity.blake3 in self._serving.served()]
+        keys = self._serving.served().keys()
+        served = [model.identity for model in self._library.models() if model.identity.blake3 in keys]
         serving = [codes.code_of_infohash_v2(identity.infohash_v2) for identity in served] + [one.code for one in self._upstreams.served()]
         engine = self._engine()
         restarting = any(model["state"] == "restarting" for model in engine)
@@ -77,7 +79,7 @@ class Status:
         }  # fmt: skip
 
     def _engine(self) -> list[dict[str, Any]]:
-        now = datetime.now(UTC)
+        now = time.time()
         return [
             {
                 "code": codes.short(codes.code_of_infohash_v2(model.identity.infohash_v2)),
@@ -91,7 +93,7 @@ class Status:
                 "tokens_per_second": state.tokens_per_second,
                 "restarts": state.restarts,
                 "reason": state.reason,
-                "expires": None if state.expires is None else _iso(now + timedelta(seconds=state.expires)),
+                "expires": None if state.expires is None else views.iso(int(now + state.expires)),
             }
             for model, state in self._serving.engine()
         ]
@@ -115,7 +117,3 @@ class Status:
         if self._torrents is None:
             return {"enabled": False, "state": "off", "port": None, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0}
         return {"enabled": True, "state": "ready", "port": self._torrents.port, **self._torrents.status()}
-
-
-def _iso(moment: datetime) -> str:
-    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")

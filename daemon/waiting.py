@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 T = TypeVar("T")
@@ -30,6 +30,13 @@ async def stoppable(work: Callable[[threading.Event], T]) -> T:
         await asyncio.wait([thread])
         thread.exception()  # it was stopped, and says so
         raise
+
+
+async def close(iterator: AsyncIterator[Any]) -> None:
+    """Close an iterator that can be closed, which ends what it waits for; plain iterators cannot, and need not."""
+    aclose = getattr(iterator, "aclose", None)
+    if aclose is not None:
+        await aclose()
 
 
 class KeyLocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import AsyncIterator
 
 from aiohttp import web
 
@@ -13,6 +14,7 @@ from daemon.api.openai import routes as openai
 from daemon.api.services import SERVICES, Services, services
 from daemon.api.sessions import SESSIONS, Sessions
 from daemon.api.tally import DELAY, TALLY, LoopDelay, Tally
+from daemon.supervise import Supervisor
 
 
 def create_app(services: Services, token: str, sessions: Sessions, limits: Limits | None = None) -> web.Application:
@@ -24,7 +26,7 @@ def create_app(services: Services, token: str, sessions: Sessions, limits: Limit
     app[SESSIONS] = sessions
     app[TALLY] = Tally()
     app[DELAY] = LoopDelay()
-    app.cleanup_ctx.extend([sessions.kept, app[DELAY].watched])
+    app.cleanup_ctx.append(_background)
     app.add_routes(
         [
             web.get("/healthz", healthz, allow_head=False),
@@ -64,6 +66,17 @@ def create_app(services: Services, token: str, sessions: Sessions, limits: Limit
         ]
     )
     return app
+
+
+async def _background(app: web.Application) -> AsyncIterator[None]:
+    """The loops of the API itself."""
+    supervisor = Supervisor()
+    supervisor.run("sessions", app[SESSIONS].sweep, restart=True)
+    supervisor.run("loop delay", app[DELAY].watch, restart=True)
+    try:
+        yield
+    finally:
+        await supervisor.close()
 
 
 async def healthz(request: web.Request) -> web.StreamResponse:

@@ -12,11 +12,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from daemon.api import sse
 from daemon.api.services import Answer, Answers
 from daemon.api.tally import Tally
 from daemon.engine.interface import Delta, FinishReason, Request, Usage
 from daemon.errors import Busy, Unserved
+from daemon.waiting import close
 
 TOGETHER: Final = 8  # answers to one caller that come at the same time; the rest of them waits here, not in a model's queue
 MAX_ANSWER: Final = 16 << 20  # characters; what a peer may send before it is taken for one that never ends
@@ -109,7 +109,7 @@ class Asking:
             finally:
                 self._coming.discard(over)
                 try:
-                    await sse.close(answer.deltas)
+                    await close(answer.deltas)
                 finally:
                     over.set_result(None)
             if reply.finish is None:

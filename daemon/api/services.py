@@ -114,8 +114,8 @@ class Announcer(Protocol):
     async def receive(self, envelope: bytes, /) -> Announcement: ...
 
 
-class Answer(Protocol):
-    """An answer that has begun to come. Closing `deltas` cancels it where it is made."""
+class Answered(Protocol):
+    """Who answered, and as which model."""
 
     @property
     def answered_by(self) -> str: ...
@@ -123,17 +123,16 @@ class Answer(Protocol):
     def code(self) -> str: ...
     @property
     def name(self) -> str: ...
+
+
+class Answer(Answered, Protocol):
+    """An answer that has begun to come. Closing `deltas` cancels it where it is made."""
+
     @property
     def deltas(self) -> AsyncIterator[Delta]: ...
 
 
-class Embedded(Protocol):
-    @property
-    def answered_by(self) -> str: ...
-    @property
-    def code(self) -> str: ...
-    @property
-    def name(self) -> str: ...
+class Embedded(Answered, Protocol):
     @property
     def embeddings(self) -> Embeddings: ...
 

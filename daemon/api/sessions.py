@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -125,16 +125,8 @@ class Sessions:
         while len(self._expired) > _FORGOTTEN:
             del self._expired[next(iter(self._expired))]
 
-    async def kept(self, app: web.Application) -> AsyncIterator[None]:
-        """For `app.cleanup_ctx`: what has expired leaves the memory also when nobody asks for any session."""
-        sweeping = asyncio.create_task(self._sweep(), name="sessions")
-        try:
-            yield
-        finally:
-            sweeping.cancel()
-            await asyncio.wait({sweeping})
-
-    async def _sweep(self) -> None:
+    async def sweep(self) -> None:
+        """Without end: what has expired leaves the memory also when nobody asks for any session."""
         while True:
             await asyncio.sleep(_SWEEP_S)
             self.expire()

@@ -19,6 +19,7 @@ from aiohttp import web
 from daemon.api.guard import error_body
 from daemon.api.limits import LIMITS
 from daemon.errors import Bug, SwarmError
+from daemon.waiting import close
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +64,6 @@ async def stream(request: web.Request, events: AsyncIterator[Event], headers: Ma
 def encode(event: Event) -> bytes:
     text = event if isinstance(event, str) else json.dumps(event, separators=(",", ":"))
     return f"data: {text}\n\n".encode()
-
-
-async def close(events: AsyncIterator[Any]) -> None:
-    """Close an iterator that can be closed; plain iterators cannot, and need not."""
-    aclose = getattr(events, "aclose", None)
-    if aclose is not None:
-        await aclose()
 
 
 def _next(events: AsyncIterator[Event]) -> asyncio.Task[Event]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from aiohttp import web
@@ -82,16 +82,8 @@ class LoopDelay:
         late = sorted(self._late)
         return late[int(len(late) * 0.99)] if late else 0.0
 
-    async def watched(self, app: web.Application) -> AsyncIterator[None]:
-        """For `app.cleanup_ctx`."""
-        watching = asyncio.create_task(self._watch(), name="loop delay")
-        try:
-            yield
-        finally:
-            watching.cancel()
-            await asyncio.wait({watching})
-
-    async def _watch(self) -> None:
+    async def watch(self) -> None:
+        """Without end."""
         loop = asyncio.get_running_loop()
         while True:
             due = loop.time() + _STEP_S

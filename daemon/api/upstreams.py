@@ -14,9 +14,7 @@ _OTHERS = "a model of another server is served by `upstream` and `slots` alone"
 
 async def serve(known: Services, given: Any, fields: Fields) -> dict[str, Any]:
     """Serve `{url, model, key?}`; of the other `fields` only `slots` means something. The key is in no answer and no error."""
-    if not isinstance(given, dict):
-        raise fields.wrong("upstream", "must be an object")
-    wanted = Fields(given, "upstream.")
+    wanted = fields.within("upstream", given)
     url, model, key = wanted.required_text("url"), wanted.required_text("model"), wanted.text("key")
     wanted.done()
     slots = fields.integer("slots", 1, 256)

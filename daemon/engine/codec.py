@@ -83,7 +83,7 @@ def dump_request(request: Request | EmbeddingRequest) -> Json:
             told = _changed(request, ChatRequest(request.messages))
             told["messages"] = list(request.messages)
             if request.tools:
-                told["tools"] = [{"name": t.name, "description": t.description, "parameters": dict(t.parameters)} for t in request.tools]
+                told["tools"] = [tool.as_json() for tool in request.tools]
             kind = "chat"
         case CompletionRequest():
             told = {"prompt": request.prompt if isinstance(request.prompt, str) else list(request.prompt)}

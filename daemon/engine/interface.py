@@ -46,6 +46,10 @@ class Tool:
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
 
+    def as_json(self) -> dict[str, Any]:
+        """What OpenAI calls the function of a tool."""
+        return {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:

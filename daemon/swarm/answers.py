@@ -14,7 +14,8 @@ from daemon.engine.interface import Delta, EmbeddingRequest, Embeddings, Provide
 from daemon.errors import Ambiguous, BackendError, CallerError, InferenceError, NotFound, PeerError, SwarmError, Unserved, UsageError
 from daemon.ipfs.interface import IpfsNode
 from daemon.swarm.peers import PeerTable
-from daemon.swarm.relay import LocalModel, PeerProvider, close
+from daemon.swarm.relay import LocalModel, PeerProvider
+from daemon.waiting import close
 from registry import codes, routing
 from registry.errors import AmbiguousRef, Malformed
 from registry.records import Offer
@@ -65,22 +66,23 @@ class Deltas:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer that has begun. `answered_by` is a node key, `code` the full code of the model."""
+class Answered:
+    """`answered_by` is a node key, `code` the full code of the model."""
 
     answered_by: str
     code: str
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Answered):
+    """An answer that has begun."""
+
     deltas: Deltas
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
-    """Vectors, and who made them as `Answer` says it."""
-
-    answered_by: str
-    code: str
-    name: str
+class Embedded(Answered):
     embeddings: Embeddings
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from daemon.engine.interface import Served
 from daemon.swarm.relay import LocalModel
 from daemon.swarm.serving import Serving
 from daemon.swarm.upstreams import Upstreams
@@ -20,8 +23,7 @@ class Offering:
 
     def offers(self) -> list[Offer]:
         """Every sound model, whether it is served or only held, and those of other servers."""
-        held = [self._offer(model) for model in self._library.models() if model.quarantined is None]
-        return held + self._upstreams.offers()
+        return self._offers(self._sound()) + self._upstreams.offers()
 
     async def describe(self) -> list[Offer]:
         return self.offers()
@@ -32,13 +34,22 @@ class Offering:
 
     def askable(self) -> list[LocalModel]:
         """The models that this node's own user may ask: those that are only held are loaded then."""
-        models = [model for model in self._library.models() if model.quarantined is None]
-        held = [LocalModel(self._offer(model), self._serving.provider(model), self._serving.usable(model)) for model in models]
+        models, serving = self._sound(), self._serving
+        held = [
+            LocalModel(offer, serving.provider(model), serving.usable(model))
+            for model, offer in zip(models, self._offers(models), strict=True)
+        ]
         return held + self._upstreams.local_models()
 
-    def _offer(self, model: Model) -> Offer:
+    def _sound(self) -> list[Model]:
+        return [model for model in self._library.models() if model.quarantined is None]
+
+    def _offers(self, models: Sequence[Model]) -> list[Offer]:
+        served = self._serving.served()
+        return [self._offer(model, served.get(model.identity.blake3)) for model in models]
+
+    def _offer(self, model: Model, served: Served | None) -> Offer:
         identity = model.identity
-        served = self._serving.served().get(identity.blake3)
         seeders, peers = self._torrents.seeds_and_peers(identity.infohash_v2) if self._torrents is not None else (0, 0)
         return Offer(
             node=self._node,

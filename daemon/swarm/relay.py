@@ -24,6 +24,7 @@ from daemon.ipfs.interface import IpfsNode
 from daemon.swarm import wire
 from daemon.swarm.reach import CONNECT_S, reach
 from daemon.swarm.seal import REQUEST_TYPE, RESPONSE_TYPE, ResponseOpener, ResponseSealer, SealKeys, seal_request
+from daemon.waiting import close
 from registry.records import Offer, Peer
 
 T = TypeVar("T")
@@ -281,13 +282,6 @@ class _Frames:
                 await self._response.write(data)
         except TimeoutError as error:
             raise ConnectionError("the asker does not read") from error
-
-
-async def close(deltas: AsyncIterator[Delta]) -> None:
-    """Close an iterator of deltas where it can be closed; for a `Provider` that cancels the generation."""
-    aclose = getattr(deltas, "aclose", None)
-    if aclose is not None:
-        await aclose()
 
 
 def _out_of_place() -> PeerError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,17 +16,6 @@ from tests.functional.api_server import CID, CID2, MODEL, NODE, OTHER, TOKEN, Wo
 
 MESSAGES = [{"role": "user", "content": "one two three"}]
 QUESTION = {"modelId": "tiny", "messages": MESSAGES, "maxTokens": 9, "temperature": 0, "topP": 0.5, "seed": 3, "stop": "x"}
-
-
-@pytest.fixture
-async def world() -> World:
-    return World()
-
-
-@pytest.fixture
-async def api(world: World) -> AsyncIterator[aiohttp.ClientSession]:
-    async with running(world) as url, aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {TOKEN}"}) as session:
-        yield session
 
 
 async def raw(world: World, data: bytes) -> tuple[int, bytes]:

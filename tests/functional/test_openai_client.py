@@ -32,11 +32,6 @@ def said(text: str) -> Any:
 
 
 @pytest.fixture
-async def world() -> World:
-    return World()
-
-
-@pytest.fixture
 async def url(world: World) -> AsyncIterator[str]:
     async with running(world) as url:
         yield url

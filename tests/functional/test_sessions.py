@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import pytest
 
 from daemon.api import sessions
-from tests.functional.api_server import TOKEN, World, running
+from tests.functional.api_server import World
 
 Json = dict[str, Any]
-
-
-@pytest.fixture
-async def world() -> World:
-    return World()
-
-
-@pytest.fixture
-async def api(world: World) -> AsyncIterator[aiohttp.ClientSession]:
-    async with running(world) as url, aiohttp.ClientSession(url, headers={"Authorization": f"Bearer {TOKEN}"}) as session:
-        yield session
 
 
 async def begin(api: aiohttp.ClientSession, **fields: Any) -> Json:

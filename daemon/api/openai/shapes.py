@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
+from daemon.api import views
 from daemon.api.services import Answer, Embedded
 from daemon.engine.interface import Candidate, Delta, FinishReason, TokenLogprob, ToolCallDelta, Usage
 from registry.codes import short
@@ -35,12 +36,7 @@ class Head:
 
 
 def usage(used: Usage) -> Json:
-    return {
-        "prompt_tokens": used.prompt_tokens,
-        "completion_tokens": used.completion_tokens,
-        "total_tokens": used.prompt_tokens + used.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
-    }
+    return {**views.usage(used), "prompt_tokens_details": {"cached_tokens": used.cached_tokens}}
 
 
 # -- chats --------------------------------------------------------------------------------------------------------------

@@ -57,8 +57,8 @@ def body(model: str, request: Request, limit_name: str) -> Json:
 def _tools(request: ChatRequest) -> Json:
     if not request.tools:
         return {}
-    functions = [{"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)} for tool in request.tools]
-    told: Json = {"tools": [{"type": "function", "function": function} for function in functions], "tool_choice": request.tool_choice}
+    tools = [{"type": "function", "function": tool.as_json()} for tool in request.tools]
+    told: Json = {"tools": tools, "tool_choice": request.tool_choice}
     if request.forced_tool is not None:
         told["tool_choice"] = {"type": "function", "function": {"name": request.forced_tool}}
     return told if request.parallel_tool_calls else {**told, "parallel_tool_calls": False}

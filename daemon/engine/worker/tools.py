@@ -197,10 +197,7 @@ class Watch:
 
 def described(tools: Sequence[Tool]) -> list[Json]:
     """Tools in OpenAI's shape, for which the templates are written."""
-    return [
-        {"type": "function", "function": {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}}
-        for tool in tools
-    ]
+    return [{"type": "function", "function": tool.as_json()} for tool in tools]
 
 
 def native(messages: Sequence[Mapping[str, Any]], style: Format, parsed: bool = True) -> list[Json]:
