@@ -32,6 +32,7 @@ _CLOSE_S = 0.7  # for libtorrent to let go of its torrents, before the session i
 _LISTEN_S = 5.0
 _STATUS_S = 0.5
 _ASK_LAYERS_S = (0.02, 0.2)  # pause between two looks whether the piece layers have come: first, longest
+_LAYERS_S = 2.0  # how long the piece layers may take before the peers are met anew: first, then twice as long each time
 _LIMITS: Any = {"max_pieces": 1 << 20, "max_decode_depth": metainfo.MAX_DEPTH, "max_decode_tokens": metainfo.MAX_TOKENS}
 _CHECKING = lt.torrent_flags.upload_mode | lt.torrent_flags.disable_dht | lt.torrent_flags.disable_lsd | lt.torrent_flags.disable_pex
 _WANTED, _UNWANTED = 4, 0  # piece priorities: libtorrent's default, and never
@@ -311,7 +312,9 @@ class TorrentSession:
             raise VerificationError("torrent", "its v1 and v2 infohash are of different torrents", "check the magnet with whoever gave it")
         return torrent
 
-    async def _ask(self, infohash: str | None, infohash_v2: str | None, peers: list[tuple[str, int]]) -> bytes:
+    async def _ask(
+        self, infohash: str | None, infohash_v2: str | None, peers: list[tuple[str, int]], patience: float = _LAYERS_S
+    ) -> bytes:
         params = lt.parse_magnet_uri(network.magnet(infohash, infohash_v2))
         params.peers = peers
         # Nothing is written in upload mode; a folder that does not exist keeps libtorrent from looking at anybody's files.
@@ -323,12 +326,17 @@ class TorrentSession:
             await entry.with_metadata
             hashes = entry.handle.info_hashes()
             if infohash_v2 or not hashes.has_v2():
-                return await self._layers(entry)
-            infohash_v2 = str(hashes.v2)
+                # Now and then libtorrent never asks a peer, most often on a busy machine; the same peer, met anew, is asked.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(patience):
+                        return await self._layers(entry)
+                patience *= 2
+            else:
+                # Peers that were met as v1 peers are never asked for v2 hashes: meet them again under both names.
+                infohash_v2 = str(hashes.v2)
         finally:
             await self._remove(entry)
-        # Peers that were met as v1 peers are never asked for v2 hashes: meet them again under both names.
-        return await self._ask(infohash, infohash_v2, peers)
+        return await self._ask(infohash, infohash_v2, peers, patience)
 
     async def _layers(self, entry: _Torrent) -> bytes:
         # libtorrent asks peers for the piece layers by itself, but says nothing when they have come.

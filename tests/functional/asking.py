@@ -75,7 +75,15 @@ def free_slots(node: Node) -> int:
 
 def workers(node: Node) -> list[psutil.Process]:
     """The worker processes of a node, one for each model that it serves."""
-    return [child for child in psutil.Process(node.status["pid"]).children(recursive=True) if "daemon.engine.worker" in child.cmdline()]
+    return [child for child in psutil.Process(node.status["pid"]).children(recursive=True) if "daemon.engine.worker" in command(child)]
+
+
+def command(process: psutil.Process) -> list[str]:
+    """The words a process was started with; none when it has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # a zombie, too
+        return []
 
 
 def ended(process: psutil.Process) -> bool:
