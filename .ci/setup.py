@@ -3,9 +3,9 @@
 What is already there is left alone, so a second run takes a second. Three lanes run side by side: packages (the longest, because
 llama.cpp is compiled), Kubo, and the model. Every Python package is checked against the hashes of the locks beside this file.
 
-llama.cpp counts as built when it has answered one question in a child process. Some virtual machines announce AMX
-instructions and then fault on them: where that child dies by SIGSEGV or SIGILL, llama.cpp is built once more without AMX
-(not from pip's cache, which does not look at build options) and has to answer again.
+llama.cpp is built with OpenBLAS where that is faster (docs/decisions/0005), and counts as built when it has answered one question
+in a child process. Some virtual machines announce AMX instructions and then fault on them: where that child dies by SIGSEGV or
+SIGILL, llama.cpp is built once more without AMX and has to answer again.
 
 Standard library only: it runs before anything is installed.
 """
@@ -18,6 +18,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,9 @@ PYTHON = VENV / "bin" / "python"
 MODEL = CACHE / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LLAMA = "llama-cpp-python"
-NO_AMX = " ".join(f"-DCMAKE_{language}_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'" for language in ("C", "CXX"))
+NO_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
+# With the pinned tools in place nothing is built in isolation, where pip would fetch build tools that no lock names.
+LOCKED = ("--require-hashes", "--no-build-isolation", "--no-deps")
 HEARTBEAT_S = 15.0
 
 
@@ -63,6 +66,29 @@ def prove_or_rebuild(prove: Callable[[], int], rebuild: Callable[[], None], mach
         step = after_proof(prove(), machine, without_amx=True)
     if step != "done":
         raise Failed("llama.cpp was built but could not answer a question on this machine; its output is above")
+
+
+def compiled_with(*flags: str) -> list[str]:
+    """CMake's options for compiler flags; none for none."""
+    return [f"-DCMAKE_{language}_FLAGS={' '.join(flags)}" for language in ("C", "CXX") if flags]
+
+
+def llama_options(openblas: Path, processor: str, amx: bool) -> list[str]:
+    """How llama.cpp is built here: CMake options. `processor` is what /proc/cpuinfo says, `openblas` the folder of that package."""
+    without = () if amx else NO_AMX
+    if "avx512vl" not in processor:
+        return compiled_with(*without)
+    names = ("cblas_sgemm", "openblas_set_num_threads", "openblas_get_parallel")
+    return [
+        "-DGGML_BLAS=ON",
+        "-DGGML_BLAS_VENDOR=OpenBLAS",
+        f"-DBLAS_LIBRARIES={openblas}/lib/libscipy_openblas.so",
+        f"-DBLAS_INCLUDE_DIRS={openblas}/include",
+        # Beside llama_cpp/lib in whatever environment the wheel lands; the backslash is for the shell that links.
+        f"-DCMAKE_SHARED_LINKER_FLAGS=-Wl,-rpath,\\$ORIGIN/../../{openblas.name}/lib",
+        # What unpacks weights for OpenBLAS is otherwise built for any x86-64. The package renames its functions.
+        *compiled_with("-march=native", *without, *(f"-D{name}=scipy_{name}" for name in names)),
+    ]
 
 
 def split_lock(lock: str, package: str) -> tuple[str, str]:
@@ -233,17 +259,17 @@ def packages(lane: Lane, model: threading.Event) -> None:
     parts.mkdir(exist_ok=True)
     (parts / "others.txt").write_text(others, encoding="utf-8")
     (parts / "llama.txt").write_text(llama, encoding="utf-8")
-    # With the pinned tools in place nothing is built in isolation, where pip would fetch build tools that no lock names.
-    locked = ["--require-hashes", "--no-build-isolation", "--no-deps"]
     with once("packages", key(version, others, tools)) as needed:
         if needed:
             lane.say("build tools")
             pip_install(lane, "--require-hashes", "-r", str(tools))
             lane.say("Python packages")
-            pip_install(lane, *locked, "-r", str(parts / "others.txt"), progress=r"^(?:Collecting|Building wheel for) ([\w.-]+)")
-    with once("llama", key(version, llama, CI / "prove.py")) as needed:
+            pip_install(lane, *LOCKED, "-r", str(parts / "others.txt"), progress=r"^(?:Collecting|Building wheel for) ([\w.-]+)")
+    processor = features()
+    options = shlex.join(llama_options(openblas(), processor, amx=True))
+    with once("llama", key(version, llama, options, CI / "prove.py")) as needed:
         if needed:
-            build_llama(lane, [*locked, "-r", str(parts / "llama.txt")], model)
+            build_llama(lane, parts / "llama.txt", model, processor)
     with once("project", key(version, ROOT / "pyproject.toml")) as needed:
         if needed:
             lane.say("swarmctl itself, in place")
@@ -251,10 +277,17 @@ def packages(lane: Lane, model: threading.Event) -> None:
             lane.must([str(PYTHON), "-m", "pip", "check"])
 
 
-def build_llama(lane: Lane, arguments: list[str], model: threading.Event) -> None:
+def build_llama(lane: Lane, lock: Path, model: threading.Event, processor: str) -> None:
     if not (shutil.which(os.environ.get("CC", "cc")) and shutil.which(os.environ.get("CXX", "c++"))):
         raise Failed("llama.cpp has to be compiled and there is no C and C++ compiler; install gcc and g++, or clang")
-    ninja_step = r"^\s*\[(\d+/\d+)\]"
+
+    def build(amx: bool) -> None:
+        cmake = os.environ.get("CMAKE_ARGS", "")  # what the user wants counts more, so it comes last
+        options = f"{shlex.join(llama_options(openblas(), processor, amx))} {cmake}".strip()
+        # pip's cache does not look at build options nor at the processor, so each combination has a cache of its own in it.
+        cache = pip_cache() / f"llama-{key(processor, str(amx), cmake)[:16]}"
+        arguments = ["--force-reinstall", "--cache-dir", str(cache), *LOCKED, "-r", str(lock)]
+        pip_install(lane, "-v", *arguments, progress=r"^\s*\[(\d+/\d+)\]", CMAKE_ARGS=options)
 
     def prove() -> int:
         lane.say("one real decode, to prove that it runs here")
@@ -263,15 +296,33 @@ def build_llama(lane: Lane, arguments: list[str], model: threading.Event) -> Non
 
     def rebuild() -> None:
         lane.say(f"{LLAMA} died at its first decode (AMX announced, not usable): compiling it without AMX, four minutes more")
-        options = f"{os.environ.get('CMAKE_ARGS', '')} {NO_AMX}".strip()
-        pip_install(lane, "-v", "--force-reinstall", "--no-cache-dir", *arguments, progress=ninja_step, CMAKE_ARGS=options)
+        build(amx=False)
 
     lane.say(f"compiling {LLAMA}, about four minutes")
-    pip_install(lane, "-v", *arguments, progress=ninja_step)
+    build(amx=True)
     try:
         prove_or_rebuild(prove, rebuild, platform.machine())
     except Failed as error:
         raise Failed(f"{error}; {lane.tail()}") from error
+
+
+def openblas() -> Path:
+    """The folder of OpenBLAS in .venv, whether that package is for this machine or not."""
+    return next(VENV.glob("lib/python3.*/site-packages")) / "scipy_openblas32"
+
+
+def features() -> str:
+    """What the processor can do, in the kernel's words; nothing where nobody tells (macOS)."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^flags\s*:.*$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
+            return found[0]
+    return ""
+
+
+def pip_cache() -> Path:
+    """pip's cache folder, or one of set-up's own where pip has none."""
+    asked = subprocess.run([PYTHON, "-m", "pip", "cache", "dir"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return CACHE / "pip" if asked.returncode else Path(asked.stdout.strip())
 
 
 def kubo(lane: Lane) -> None:

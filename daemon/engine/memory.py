@@ -12,6 +12,7 @@ from daemon.engine.protocol import GUESSES, TEXTS
 
 # What a worker has beside the model: Python, llama.cpp, and the texts of a vocabulary.
 _PROCESS: Final = 100 << 20
+_BLAS_ROWS: Final = 32  # fewer are multiplied without unpacking
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
@@ -21,7 +22,8 @@ def estimate_memory(header: GgufHeader, context: int, slots: int, batch: int) ->
     Weights, the process itself, and the context that answers. Sliding windows count in full, because the worker keeps them in full.
     """
     outputs = slots + GUESSES
-    return header.tensor_bytes + _PROCESS + _context_bytes(header, context, max(batch, outputs), 2 * outputs)
+    needed = header.tensor_bytes + _PROCESS + _unpacked(header, outputs)
+    return needed + _context_bytes(header, context, max(batch, outputs), 2 * outputs)
 
 
 def estimate_embedding(header: GgufHeader, slots: int, batch: int) -> int:
@@ -36,6 +38,12 @@ def _context_bytes(header: GgufHeader, cells: int, batch: int, logits: int) -> i
     widest = max([embedding, *header.per_layer("feed_forward_length", 0)])
     cells = -(-cells // 256) * 256
     return cells * _kv_bytes(header) + batch * (4 * (4 * embedding + 2 * widest) + 2 * cells) + 4 * logits * header.vocabulary
+
+
+def _unpacked(header: GgufHeader, logits: int) -> int:
+    """The largest matrix as OpenBLAS wants it (f32); that of the output only when so many rows have logits."""
+    rows = [*header.per_layer("feed_forward_length", 0), header.vocabulary if logits >= _BLAS_ROWS else 0]
+    return 4 * header.integer("embedding_length") * max(rows)
 
 
 def _kv_bytes(header: GgufHeader) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -71,13 +72,18 @@ def test_a_wrong_answer_is_no_reason_to_rebuild(setup: ModuleType) -> None:
         setup.prove_or_rebuild(lambda: 1, lambda: pytest.fail("rebuilt"), "x86_64")
 
 
-def test_the_rebuild_switches_every_amx_flag_off_and_bypasses_the_wheel_cache(
+AVX_512 = "flags : fpu avx2 avx512vl"
+
+
+def test_the_rebuild_switches_every_amx_flag_off_and_has_a_wheel_cache_of_its_own(
     setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[tuple[str, ...], dict[str, str]]] = []
     monkeypatch.setattr(setup, "pip_install", lambda _lane, *args, progress="", **env: calls.append((args, env)))
+    monkeypatch.setattr(setup, "pip_cache", lambda: tmp_path)
+    monkeypatch.setattr(setup, "openblas", lambda: tmp_path / "scipy_openblas32")
     monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
-    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_BLAS=ON")
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=ON")
     ends = iter([-signal.SIGSEGV, 0])
 
     class Lane:
@@ -88,13 +94,23 @@ def test_the_rebuild_switches_every_amx_flag_off_and_bypasses_the_wheel_cache(
 
     there = threading.Event()
     there.set()
-    setup.build_llama(Lane(), ["-r", "lock"], there)
-    (first, first_environment), (again, environment) = calls
-    assert first_environment == {} and "--no-cache-dir" not in first
-    assert {"--no-cache-dir", "--force-reinstall"} <= set(again)
-    assert environment["CMAKE_ARGS"].startswith("-DGGML_BLAS=ON -DCMAKE_C_FLAGS='")
+    setup.build_llama(Lane(), Path("lock"), there, AVX_512)
+    options = [shlex.split(environment["CMAKE_ARGS"]) for _, environment in calls]
+    assert all(found[-1] == "-DGGML_CUDA=ON" and "-DGGML_BLAS=ON" in found for found in options)
     for flag in ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"):
-        assert environment["CMAKE_ARGS"].count(flag) == 2
+        assert [sum(flag in option.split() for option in found) for found in options] == [0, 2]
+    caches = [arguments[arguments.index("--cache-dir") + 1] for arguments, _ in calls]
+    assert caches[0] != caches[1] and all(Path(cache).parent == tmp_path for cache in caches)
+    assert all("--force-reinstall" in arguments for arguments, _ in calls)
+
+
+def test_llama_cpp_is_built_with_openblas_where_that_is_faster(setup: ModuleType) -> None:
+    openblas = Path("/an environment/scipy_openblas32")
+    assert setup.llama_options(openblas, "", amx=True) == []  # its own defaults
+    assert setup.llama_options(openblas, "flags : avx2", amx=False) == setup.compiled_with(*setup.NO_AMX)
+    options = setup.llama_options(openblas, AVX_512, amx=True)
+    assert "-DBLAS_LIBRARIES=/an environment/scipy_openblas32/lib/libscipy_openblas.so" in options
+    assert shlex.split(shlex.join(options)) == options
 
 
 def test_locks_are_pinned_hashed_and_name_no_index(setup: ModuleType) -> None:

@@ -232,6 +232,8 @@ class _Embedder:
 
     def __init__(self, model: int, width: int, batch: int, threads: int) -> None:
         self._width = width
+        if C.llama_model_has_decoder(model):
+            _leave_out_blas()
         self._rows = _Batch(batch)
         params = C.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = batch  # a text that is pooled must be in one batch
@@ -287,6 +289,18 @@ class _Batch:
             self._batch.seq_id[i][0] = sequence
         self._batch.n_tokens = count
         return self._batch
+
+
+def _leave_out_blas() -> None:
+    """Contexts that are made from now on do without BLAS, where llama.cpp was built with one.
+
+    A decoder computes logits for every token of a text to embed, and BLAS unpacks the output matrix for them: up to gigabytes.
+    """
+    ggml = C.llama_cpp._lib  # a handle finds the functions of what the library is linked with, too
+    ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
+    ggml.ggml_backend_unload.argtypes = [ctypes.c_void_p]
+    if blas := ggml.ggml_backend_reg_by_name(b"BLAS"):
+        ggml.ggml_backend_unload(blas)
 
 
 def _floats(pointer: ctypes._Pointer[ctypes.c_float], count: int) -> NDArray[np.float32]:
