@@ -164,7 +164,7 @@ async def probing(target: Target, path: str) -> AsyncIterator[list[float]]:
     )
     taken: list[float] = []
     yield taken
-    output, _ = await probe.communicate()
+    output, _ = await probe.communicate(b"")  # without any input Python 3.11 leaves the pipe open
     taken += json.loads(output)
 
 
