@@ -285,7 +285,7 @@ def build_llama(lane: Lane, lock: Path, model: threading.Event, processor: str) 
         cmake = os.environ.get("CMAKE_ARGS", "")  # what the user wants counts more, so it comes last
         options = f"{shlex.join(llama_options(openblas(), processor, amx))} {cmake}".strip()
         # pip's cache does not look at build options nor at the processor, so each combination has a cache of its own in it.
-        cache = pip_cache() / f"llama-{key(processor, str(amx), cmake)[:16]}"
+        cache = pip_cache() / f"llama-{key(processor, options.replace(str(VENV), ''))[:16]}"
         arguments = ["--force-reinstall", "--cache-dir", str(cache), *LOCKED, "-r", str(lock)]
         pip_install(lane, "-v", *arguments, progress=r"^\s*\[(\d+/\d+)\]", CMAKE_ARGS=options)
 
