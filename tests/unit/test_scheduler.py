@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -191,6 +193,23 @@ def test_a_long_prompt_does_not_stall_a_running_answer() -> None:
     assert len(cache.batches[0]) == 1
     assert len(cache.batches[1]) == 1 + PREFILL
     assert len(first.text.split()) == 2
+
+
+@pytest.mark.parametrize(("row_ms", "tokens"), [(0.001, BATCH - 1), (1.2, 250), (40.0, PREFILL)])
+def test_a_fast_machine_reads_more_in_the_time_that_an_answer_may_wait(
+    row_ms: float, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = KvCache(8192)
+    clock = SimpleNamespace(perf_counter=lambda: row_ms / 1000 * sum(map(len, cache.batches)))
+    monkeypatch.setattr("daemon.engine.worker.scheduler.time", clock)
+    plan = scheduler(cache, 2)
+    talker = next(p for p in ([n] for n in range(1, 1000)) if len(alone(p, 200, 4096)[0].split()) > 30)
+    plan.submit(Client(cache, 1, talker, 200).chat)
+    plan.step()
+    plan.submit(Client(cache, 2, [7] * 4000, 1).chat)
+    for _ in range(3):
+        plan.step()
+    assert [len(batch) for batch in cache.batches[2:4]] == [1 + tokens] * 2
 
 
 def test_a_shared_prefix_is_read_once() -> None:

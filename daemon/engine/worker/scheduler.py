@@ -2,8 +2,8 @@
 
 - A chat waits until a slot is free and the KV cache has room for its prompt and a little more; first come, first in.
 - Every step takes the newest token of each running answer first, with guesses behind it where they pay (lookup.py), then shares
-  what is left among the prompts being read, one after the other (`_shares`). While answers run, a step reads at most `PREFILL`
-  prompt tokens, so that a long prompt does not stall them.
+  what is left among the prompts being read, one after the other (`_shares`). While answers run, a step reads as many prompt tokens
+  as this machine can in `_STALL_S`, and at least `PREFILL`, so that a long prompt does not stall them.
 - Prefixes are kept, shared and waited for: see slots.py.
 - When the cache is full all the same: idle prefixes go first, oldest first; then the youngest chat goes back to the queue
   and is computed again later; a chat that is alone ends with "length".
@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Final
@@ -21,7 +22,8 @@ from daemon.engine.worker.llama import Llama, LlamaError, Row
 from daemon.engine.worker.lookup import price
 from daemon.engine.worker.slots import Slot, Slots
 
-PREFILL: Final = 128  # prompt tokens per step while answers run: 289 ms instead of 850 ms of stall on a 1500-token prompt
+PREFILL: Final = 128  # prompt tokens that a step may always read; with fewer, reading takes much longer in all
+_STALL_S: Final = 0.3  # what answers wait in such a step, where the machine is fast enough for more than `PREFILL` tokens
 _HEADROOM: Final = 64  # tokens of answer that must fit before a chat is let in
 
 
@@ -45,6 +47,7 @@ class Scheduler:
         self._row_cost = row_cost
         self._waiting: deque[Chat] = deque()
         self._step = 0
+        self._row_s = _STALL_S / PREFILL  # seconds for each row of the latest step that read a prompt
 
     @property
     def busy(self) -> bool:
@@ -64,6 +67,7 @@ class Scheduler:
         """One decode, and what follows from it. Raises `LlamaError` when the context is no longer usable."""
         self._step += 1
         self._admit()
+        began = time.perf_counter()
         guessing = self._llama.can_roll_back
         rows, parts = self._compose(guessing)
         while rows and not self._llama.decode(rows):
@@ -74,6 +78,8 @@ class Scheduler:
             rows, parts = self._compose(guessing)
         for part in parts:
             self._draw(part)
+        if len(rows) >= PREFILL:
+            self._row_s = (time.perf_counter() - began) / len(rows)
 
     def _admit(self) -> None:
         while self._waiting and self._slots.idle:
@@ -102,7 +108,7 @@ class Scheduler:
             budget -= len(guessed)
             self._add(slot, 1, guessed, rows, parts)
         if answering:
-            budget = min(PREFILL, budget)
+            budget = min(max(PREFILL, int(_STALL_S / self._row_s)), budget)
         for slot, share in _shares(reading, budget):
             self._add(slot, share, [], rows, parts)
         return rows, parts
