@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from daemon.ipfs import install
 CACHE = Path(__file__).parent.parent / ".cache"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+# A shell ignores Ctrl-C for what it starts in the background, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 set_hypothesis_home_dir(CACHE / "hypothesis")
 # No test fails because the machine is busy. On a CI machine the examples are the same every time, elsewhere they go on searching.
 settings.register_profile(

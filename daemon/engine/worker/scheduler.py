@@ -184,15 +184,18 @@ def _shares(reading: list[Slot], budget: int) -> list[tuple[Slot, int]]:
     """How much each chat reads of its prompt now, at most `budget` tokens in all.
 
     The shortest rest goes first, so that most answers begin early; half of the budget is for whoever came first, so that no prompt
-    waits for ever because it is long.
+    waits for ever because it is long. The last token of a prompt is left for the next step, where it is one row among the newest
+    tokens of answers: as it is when the whole prompt is in the cache. Large batches are rounded in another way, and the same
+    question should get the same answer twice.
     """
     if not reading:
         return []
+    left = {slot.sequence: slot.unread - (slot.chat is not None and not slot.chat.answered) for slot in reading}
     first = min(reading, key=lambda slot: slot.chat.id if slot.chat else 0)
-    shares = {first.sequence: min(first.unread, budget // 2)}
+    shares = {first.sequence: min(left[first.sequence], budget // 2)}
     budget -= shares[first.sequence]
     for slot in sorted(reading, key=lambda slot: slot.unread):
-        more = min(slot.unread - shares.get(slot.sequence, 0), budget)
+        more = min(left[slot.sequence] - shares.get(slot.sequence, 0), budget)
         shares[slot.sequence] = shares.get(slot.sequence, 0) + more
         budget -= more
     return [(slot, shares[slot.sequence]) for slot in reading if shares[slot.sequence]]
