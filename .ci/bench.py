@@ -34,6 +34,7 @@ from setup import (
     Screen,
     alone,
     compiled_with,
+    features,
     key,
     sha256,
     side_by_side,
@@ -98,9 +99,8 @@ def server(lane: Lane) -> None:
     """Fetch the sdist, build `llama-server` alone, and keep nothing else of it."""
     _, lock = split_lock((CI / "requirements.txt").read_text(encoding="utf-8"), LLAMA)
     built_for = system_info()
-    cpuinfo = Path("/proc/cpuinfo")
     options = [f"-D{name}={value}" for name, value in SERVER_OPTIONS.items()] + shlex.split(os.environ.get("CMAKE_ARGS", ""))
-    if without_amx(built_for, cpuinfo.read_text() if cpuinfo.exists() else ""):
+    if without_amx(built_for, features()):
         options += compiled_with(*NO_AMX)
     with once("server", SERVER, key(lock, built_for, *options)) as needed:
         if not needed:

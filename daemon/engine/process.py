@@ -30,21 +30,6 @@ _CAUSES: Final[dict[int, str]] = {signal.SIGKILL: " (out of memory?)", signal.SI
 # What a worker may say of a request.
 _ERRORS: Final[dict[str, type[SwarmError]]] = {cls.__name__: cls for cls in (UsageError, ContextOverflow, InferenceError)}
 _WANTED: Final[dict[str, Capability]] = {"chat": "chat", "completion": "completions", "embedding": "embeddings"}
-
-
-def _openblas() -> dict[str, str]:
-    """How OpenBLAS works inside llama.cpp, where it was built with it (.ci/setup.py): it looks at these once, when it is loaded."""
-    # Its threads would spin for 2**26 cycles after every product, beside those of llama.cpp that go on with the result.
-    settings = {"OPENBLAS_THREAD_TIMEOUT": "12"}
-    with contextlib.suppress(OSError):  # not Linux
-        processor = Path("/proc/cpuinfo").read_text()
-        # It takes AMD's processors with AVX-512 for older ones, and is half as fast on them.
-        if "AuthenticAMD" in processor and "avx512vl" in processor:
-            settings["OPENBLAS_CORETYPE"] = "SkylakeX"
-    return settings
-
-
-OPENBLAS: Final = _openblas()
 _REBUILD: Final = (
     "rebuild llama-cpp-python for this machine: CMAKE_ARGS=\"-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16' "
     "-DCMAKE_CXX_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'\" pip install --force-reinstall --no-cache-dir llama-cpp-python"
@@ -287,7 +272,7 @@ async def _spawn(folder: Path, output: BinaryIO) -> asyncio.subprocess.Process:
         "PYTHONPATH": str(Path(daemon.__file__).parent.parent),
         # A thread would keep the worker from leaving the network; llama.cpp asks for its own number later.
         "OPENBLAS_NUM_THREADS": "1",
-        **OPENBLAS,
+        **await asyncio.to_thread(openblas),
         # ggml would start a debugger for a backtrace when it aborts.
         "GGML_NO_BACKTRACE": "1",
     }
@@ -296,6 +281,18 @@ async def _spawn(folder: Path, output: BinaryIO) -> asyncio.subprocess.Process:
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=output, cwd=folder, env=environment,
         start_new_session=True,
     )  # fmt: skip
+
+
+def openblas() -> dict[str, str]:
+    """How OpenBLAS works inside llama.cpp, where it was built with it (.ci/setup.py): it looks at these once, when it is loaded."""
+    # Its threads would spin for 2**26 cycles after every product, beside those of llama.cpp that go on with the result.
+    settings = {"OPENBLAS_THREAD_TIMEOUT": "12"}
+    with contextlib.suppress(OSError):  # not Linux
+        processor = Path("/proc/cpuinfo").read_text()
+        # It takes AMD's processors with AVX-512 for older ones, and is half as fast on them.
+        if "AuthenticAMD" in processor and "avx512vl" in processor:
+            settings["OPENBLAS_CORETYPE"] = "SkylakeX"
+    return settings
 
 
 def _signal_name(code: int) -> str:

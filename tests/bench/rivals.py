@@ -17,9 +17,10 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from daemon.engine.process import OPENBLAS
+from daemon.engine.process import openblas
 from tests.bench.load import Target
 from tests.conftest import CACHE
+from tests.functional.asking import workers
 from tests.functional.nodes import Node
 
 BENCH = CACHE / "bench"
@@ -81,7 +82,7 @@ async def python_server(model: Path, context: int, log: Path) -> AsyncIterator[T
         "interrupt_requests": "false", "verbose": "false",
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    environment = {"PYTHONPATH": str(BENCH / "site"), **OPENBLAS}  # the same llama.cpp as ours, as fast as ours
+    environment = {"PYTHONPATH": str(BENCH / "site"), **openblas()}  # the same llama.cpp as ours, as fast as ours
     async with _process([sys.executable, "-P", "-m", "llama_cpp.server", *words], url, "v1/models", log, **environment):
         yield Target(url, str(model))
 
@@ -113,5 +114,4 @@ class Ours:
         """Resident bytes of the daemon and of its worker."""
         assert self.node.daemon is not None
         daemon = psutil.Process(self.node.daemon.pid)
-        workers = [child for child in daemon.children() if "daemon.engine.worker" in child.cmdline()]
-        return {"daemon": daemon.memory_info().rss, "worker": sum(worker.memory_info().rss for worker in workers)}
+        return {"daemon": daemon.memory_info().rss, "worker": sum(worker.memory_info().rss for worker in workers(self.node))}

@@ -47,7 +47,7 @@ class Scheduler:
         self._row_cost = row_cost
         self._waiting: deque[Chat] = deque()
         self._step = 0
-        self._row_s = _STALL_S / PREFILL  # seconds for each row of the latest step that read a prompt
+        self._prefill = PREFILL  # prompt tokens that a step may read while answers run, by the latest step that read many
 
     @property
     def busy(self) -> bool:
@@ -79,7 +79,8 @@ class Scheduler:
         for part in parts:
             self._draw(part)
         if len(rows) >= PREFILL:
-            self._row_s = (time.perf_counter() - began) / len(rows)
+            row_s = (time.perf_counter() - began) / len(rows)
+            self._prefill = max(PREFILL, int(_STALL_S / row_s))
 
     def _admit(self) -> None:
         while self._waiting and self._slots.idle:
@@ -108,7 +109,7 @@ class Scheduler:
             budget -= len(guessed)
             self._add(slot, 1, guessed, rows, parts)
         if answering:
-            budget = min(max(PREFILL, int(_STALL_S / self._row_s)), budget)
+            budget = min(self._prefill, budget)
         for slot, share in _shares(reading, budget):
             self._add(slot, share, [], rows, parts)
         return rows, parts
