@@ -48,7 +48,7 @@ ANSWERS = 20  # nodes that answer one hello, about
 STRETCH_AT = 100  # nodes; beyond, the heartbeat grows in proportion
 LONGEST_HEARTBEAT_S = 300.0
 FAREWELL_S = 0.5
-HTTP_TARGETS = 8  # known nodes told over HTTP besides the joined ones, when there is no IPFS
+HTTP_TARGETS = 8  # nodes told over HTTP besides the joined ones: the last that told us, and as many of the others, when there is no IPFS
 _SEQUENCE = "announce.sequence"
 
 
@@ -102,6 +102,7 @@ class Announcer:
         self._answer: asyncio.TimerHandle | None = None
         self._pass_on: deque[bytes] = deque(maxlen=64)
         self._tell_again: set[str] = set()
+        self._told_by: dict[str, None] = {}  # the last nodes that spoke to us over HTTP themselves, the latest at the end
         self._senders = Buckets(rate=5.0, burst=50.0, clock=time.monotonic)
         self._random = random.Random()
         self._joiner = Joiner(self, table=table, ledger=ledger, supervisor=supervisor, http=http, join=join)
@@ -166,7 +167,9 @@ class Announcer:
 
     async def exchange(self, envelopes: list[bytes]) -> list[bytes]:
         """One HTTP exchange: take in what is right of `envelopes`, give back ours and those of the others."""
-        await self.take_in(envelopes)
+        refusals = await self.take_in(envelopes)
+        if refusals[:1] == [""]:
+            self._note_teller(exchange.speaker(envelopes[0]).node)
         own = await self.own_pages()
         brought = set(envelopes)
         others = {node: [page for page in pages if page not in brought] for node, pages in self._table.envelopes().items()}
@@ -286,10 +289,24 @@ class Announcer:
     # -- over HTTP --------------------------------------------------------------------------------------------------
 
     def _doors(self) -> list[str]:
-        """Who is told over HTTP: those that we joined; without IPFS also some of the others that have a door."""
-        known = [peer.address.http[0] for peer in self._table.peers() if peer.address.http and (self.ipfs is None or peer.peer_id is None)]
-        self._random.shuffle(known)
-        return list(dict.fromkeys([*self._joiner.doors(), *known[:HTTP_TARGETS]]))
+        """Who is told over HTTP: those that we joined; without IPFS also those that told us, and some others that have a door.
+
+        Chance alone would leave out a node that has nobody but us, the more so the more nodes have left without a word.
+        """
+        known = {
+            peer.node: peer.address.http[0]
+            for peer in self._table.peers()
+            if peer.address.http and (self.ipfs is None or peer.peer_id is None)
+        }
+        told_by = [known[node] for node in self._told_by if node in known]
+        others = self._random.sample(list(known.values()), min(HTTP_TARGETS, len(known)))
+        return list(dict.fromkeys([*self._joiner.doors(), *told_by, *others]))
+
+    def _note_teller(self, node: str) -> None:
+        self._told_by.pop(node, None)
+        self._told_by[node] = None
+        if len(self._told_by) > HTTP_TARGETS:
+            del self._told_by[next(iter(self._told_by))]
 
     def _tell(self, url: str) -> None:
         """Post our pages to a door in the background; one post at a time, always with the newest pages."""

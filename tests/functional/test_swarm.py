@@ -36,9 +36,11 @@ from daemon.swarm import wire
 from daemon.swarm.door import Limits, open_door
 from daemon.swarm.relay import PROTOCOL, PeerProvider
 from daemon.swarm.seal import REQUEST_TYPE
+from registry import announcement
 from registry.cid import leaf_cid
+from registry.envelope import key_name, sign
 from registry.errors import Stale
-from registry.records import Address
+from registry.records import Address, Announcement
 from tests.functional.swarm_nodes import CID, Node, Script, swarm_node, text_of, until
 
 QUESTION = ChatRequest(({"role": "user", "content": "a very private prompt"},))
@@ -98,6 +100,20 @@ async def test_without_ipfs_a_third_node_learns_of_everybody(tmp_path: Path) -> 
         # The other way round too: a learns of c, that it never joined.
         c.holds()
         await until(lambda: a.sees(c))
+
+
+async def test_who_joined_hears_every_change_however_many_others_there_are(tmp_path: Path) -> None:
+    """The others have left without a word: their doors are closed, and what they announced has not expired yet."""
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b:
+        for number in range(100):
+            key = Ed25519PrivateKey.generate()
+            node = key_name(key)
+            gone = Announcement(node, None, 1, int(time.time()) + 600, Address(node, http=(f"http://127.0.0.2:{1024 + number}",)), (), ())
+            await a.announcer.receive(sign(announcement.PAYLOAD_TYPE, announcement.build(gone), key))
+        await b.announcer.join(a.announcer.address())
+        for change in range(5):
+            a.holds(cid=leaf_cid(bytes([change])))
+            await until(lambda held=change + 1: len(b.table.offers()) == held)  # type: ignore[misc]  # bound now
 
 
 async def test_a_node_without_ipfs_and_one_without_a_door_meet_through_a_third(tmp_path: Path, kubo_binary: Path) -> None:
