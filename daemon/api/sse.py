@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -30,33 +31,36 @@ async def stream(request: web.Request, events: AsyncIterator[Event], headers: Ma
     """Send each event as one `data:` line (JSON, or text as it is) until `events` ends."""
     limits = request.app[LIMITS]
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **(headers or {})})
-    pending = _next(events)
+    lines = _Lines(response, limits.silence_s)
+    first = asyncio.create_task(_next(events))
+    comments: asyncio.Task[None] | None = None
     try:
-        await asyncio.wait({pending}, timeout=limits.first_s)
-        if pending.done() and pending.exception() is not None and not isinstance(pending.exception(), StopAsyncIteration):
-            pending.result()
+        await asyncio.wait({first}, timeout=limits.first_s)
+        if first.done() and first.exception() is not None and not isinstance(first.exception(), StopAsyncIteration):
+            first.result()
         await response.prepare(request)
+        comments = asyncio.create_task(lines.fill_silence())
+        # Tokens come by the thousand: only the first event has a task of its own.
+        coming: Awaitable[Event] = first
         while True:
-            done, _ = await asyncio.wait({pending}, timeout=limits.silence_s)
-            if not done:
-                await response.write(b": still here\n\n")
-                continue
             try:
-                event = pending.result()
+                event = await coming
             except StopAsyncIteration:
                 break
             except SwarmError as error:
-                await response.write(encode(error_body(request, error)))
+                await lines.write(encode(error_body(request, error)))
                 break
             except Exception:  # a bug in the middle of a stream: the status is gone, so it is told as an event
                 log.exception("a bug while streaming %s", request.path)
-                await response.write(encode(error_body(request, Bug("swarmctl", "a bug", "the daemon's log says more"))))
+                await lines.write(encode(error_body(request, Bug("swarmctl", "a bug", "the daemon's log says more"))))
                 break
-            await response.write(encode(event))
-            pending = _next(events)
+            await lines.write(encode(event))
+            coming = anext(events)
         await response.write_eof()
     finally:
-        await _cancelled(pending)
+        await _cancelled(first)
+        if comments is not None:
+            await _cancelled(comments)
         await close(events)
     return response
 
@@ -66,11 +70,31 @@ def encode(event: Event) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
-def _next(events: AsyncIterator[Event]) -> asyncio.Task[Event]:
-    async def step() -> Event:
-        return await anext(events)
+class _Lines:
+    """What is written to a response, and a comment whenever that was nothing for `silence_s`."""
 
-    return asyncio.create_task(step())
+    def __init__(self, response: web.StreamResponse, silence_s: float) -> None:
+        self._response = response
+        self._silence_s = silence_s
+        self._turn = asyncio.Lock()  # a client that does not read holds up comments too
+        self._last = time.monotonic()
+
+    async def write(self, data: bytes) -> None:
+        async with self._turn:
+            await self._response.write(data)
+            self._last = time.monotonic()
+
+    async def fill_silence(self) -> None:
+        while True:
+            left = self._last + self._silence_s - time.monotonic()
+            if left <= 0:
+                await self.write(b": still here\n\n")
+            else:
+                await asyncio.sleep(left)
+
+
+async def _next(events: AsyncIterator[Event]) -> Event:
+    return await anext(events)
 
 
 async def _cancelled(task: asyncio.Task[Any]) -> None:
