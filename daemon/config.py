@@ -65,7 +65,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    threads: int = 0  # threads of llama.cpp per model; 0: all cores
+    threads: int = 0  # threads of llama.cpp per model; 0: as many as there are cores that others leave
     context: int = 4096  # tokens of KV cache per served model, shared by its chats; at most what the model was trained for
     slots: int = 4  # chats answered at the same time per model
     batch: int = 512  # tokens that llama.cpp reads at once

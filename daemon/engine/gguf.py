@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,7 @@ class GgufHeader:
     facts: GgufFacts
     size: int  # bytes of the file
     tensor_bytes: int  # sum over the tensors
+    elements: Mapping[int, int]  # how many of each tensor type of ggml, over all tensors
     tensors: int
     vocabulary: int  # tokens; 0 when the file does not list them
     values: Mapping[str, Value]
@@ -200,18 +202,18 @@ def _parse(file: BinaryIO, size: int) -> GgufHeader:
     if isinstance(parts, int) and parts > 1:
         why = f"one part of a model that is split into {parts} files, which is not supported yet"
         raise _Bad(why, "join them with llama-gguf-split --merge")
-    tensor_bytes, parameters = _tensors(reader, tensors, _alignment(values), size)
+    tensor_bytes, elements = _tensors(reader, tensors, _alignment(values), size)
     facts = GgufFacts(
         architecture=architecture,
         name=_short(values, "general.name"),
         quantization=_quantization(values),
-        parameters=parameters or None,
+        parameters=sum(elements.values()) or None,
         context_length=_count(values, f"{architecture}.context_length"),
         chat_template_hash=_digest(values.get(_TEMPLATE_KEY)),
         license=_short(values, "general.license"),
     )
     vocabulary = lengths.get("tokenizer.ggml.tokens") or _count(values, f"{architecture}.vocab_size") or 0
-    return GgufHeader(facts, size, tensor_bytes, tensors, vocabulary, values)
+    return GgufHeader(facts, size, tensor_bytes, elements, tensors, vocabulary, values)
 
 
 def _preamble(file: BinaryIO, size: int) -> int:
@@ -299,11 +301,11 @@ def _alignment(values: Mapping[str, Value]) -> int:
     return int(alignment)
 
 
-def _tensors(reader: _Reader, count: int, alignment: int, size: int) -> tuple[int, int]:
-    """Check the tensor list against the file. Bytes and elements over all tensors."""
+def _tensors(reader: _Reader, count: int, alignment: int, size: int) -> tuple[int, Counter[int]]:
+    """Check the tensor list against the file. Bytes of all tensors, and elements by tensor type."""
     names: set[str] = set()
     places: list[tuple[int, int]] = []
-    elements = 0
+    elements: Counter[int] = Counter()
     for _ in range(count):
         name = reader.name("a tensor name")
         if name in names:
@@ -317,7 +319,7 @@ def _tensors(reader: _Reader, count: int, alignment: int, size: int) -> tuple[in
         in_tensor, in_bytes = _extent(name, shape, kind)
         if offset % alignment:
             raise _damaged(f"{name!r} is not aligned")
-        elements += in_tensor
+        elements[kind] += in_tensor
         places.append((offset, in_bytes))
     begin = -(-reader.position // alignment) * alignment
     end = 0

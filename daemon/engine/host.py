@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
 from daemon.config import Engine as Settings
+from daemon.engine import blas, cores
 from daemon.engine.gguf import GgufHeader, inspect
 from daemon.engine.interface import Provider, Served, ServeOptions, Source
-from daemon.engine.memory import estimate_embedding, estimate_memory, free_memory, held_by, usable_cores
+from daemon.engine.memory import estimate_embedding, estimate_memory, free_memory, held_by
 from daemon.engine.process import GpuLoadError, WorkerProcess
 from daemon.engine.protocol import Load
 from daemon.engine.resident import Loaded, Resident
@@ -26,6 +27,7 @@ MAX_CONTEXT: Final = 1 << 22
 MIN_CONTEXT: Final = 64
 MAX_BATCH: Final = 1 << 13
 MIN_BATCH: Final = 64  # every slot takes part in each decode
+_LOOK_S: Final = 0.25  # between two looks at who uses the cores
 
 
 class EngineHost:
@@ -40,6 +42,7 @@ class EngineHost:
         queue: int = 32,
         load_timeout: float = 300.0,
         free_memory: Callable[[], int] = free_memory,
+        read_cores: Callable[[Sequence[int]], cores.Reading | None] = cores.read,
     ) -> None:
         """`logs` gets `worker-<key>.log`; `queue` chats per model may wait; `load_timeout` is in seconds."""
         self._settings = settings
@@ -48,7 +51,10 @@ class EngineHost:
         self._queue = queue
         self._load_timeout = load_timeout
         self._free_memory = free_memory
-        self._cores = usable_cores()
+        self._read_cores = read_cores
+        self._cores = cores.usable_cores()
+        self._threads = settings.threads or self._cores  # of all workers together
+        self._watch: asyncio.Task[None] | None = None
         self._residents: dict[str, Resident] = {}  # every model that was ever asked for
         # One load at a time, so that two cannot count on the same free memory.
         self._loading = asyncio.Lock()
@@ -92,6 +98,9 @@ class EngineHost:
     async def close(self) -> None:
         """End every worker, also those that are being loaded. Idempotent."""
         self._closed = True
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait({self._watch})
         await asyncio.gather(*(resident.stop() for resident in self._residents.values()), *self._ending)
 
     def _resident(self, key: str, source: Source) -> Resident:
@@ -120,6 +129,7 @@ class EngineHost:
             threads=options.threads or 1,
             batch=batch,
             gpu_layers=-1 if options.gpu_layers is None else options.gpu_layers,
+            blas=blas.reads(header),
             template=header.chat_template,
         )
         async with self._loading:
@@ -231,13 +241,38 @@ class EngineHost:
 
     def _share_cores(self) -> None:
         """Threads of all workers that are answering together are as many as cores: one too many slows down all of them."""
-        loaded = [one.loaded for one in self._residents.values() if one.loaded is not None]
-        busy = [one for one in loaded if one.automatic and one.worker.active]
+        busy = [one for one in self._automatic() if one.worker.active]
         for one in busy:
-            wanted = max(1, (self._settings.threads or self._cores) // len(busy))
+            wanted = max(1, self._threads // len(busy))
             if one.threads != wanted:
                 one.threads = wanted
                 one.worker.set_threads(wanted)
+        if busy and self._watch is None and not (self._settings.threads or self._closed):
+            self._watch = asyncio.create_task(self._watch_cores(), name="cores")
+
+    def _automatic(self) -> list[Loaded]:
+        """Those whose number of threads nobody chose."""
+        loaded = [one.loaded for one in self._residents.values() if one.loaded is not None]
+        return [one for one in loaded if one.automatic]
+
+    async def _watch_cores(self) -> None:
+        """Leave alone the cores that others want, for as long as a model is loaded.
+
+        The threads of a decode wait for each other some thousand times a second, and each time for a whole time slice where one of
+        them has to share its core: beside one busy process, one thread is faster than two on two cores.
+        """
+        before: cores.Reading | None = None
+        try:
+            while pids := [one.worker.pid for one in self._automatic()]:
+                now = await asyncio.to_thread(self._read_cores, pids)
+                if before is not None and now is not None and before.pids == now.pids:
+                    self._threads = min(self._cores, cores.left(before, now))
+                    self._share_cores()
+                before = now
+                await asyncio.sleep(_LOOK_S)
+        finally:
+            self._watch = None
+            self._threads = self._cores
 
 
 _SMALLER: Final = "stop another model, serve with less context or take a smaller quantization"

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from daemon.engine import blas
 from daemon.engine.gguf import GgufHeader
 from daemon.engine.protocol import GUESSES, TEXTS
 
@@ -22,7 +23,7 @@ def estimate_memory(header: GgufHeader, context: int, slots: int, batch: int) ->
     Weights, the process itself, and the context that answers. Sliding windows count in full, because the worker keeps them in full.
     """
     outputs = slots + GUESSES
-    needed = header.tensor_bytes + _PROCESS + _unpacked(header, outputs)
+    needed = header.tensor_bytes + _PROCESS + (_unpacked(header, outputs) if blas.reads(header) else 0)
     return needed + _context_bytes(header, context, max(batch, outputs), 2 * outputs)
 
 
@@ -92,10 +93,3 @@ def held_by(pid: int) -> int:
     except OSError:
         return 0  # not Linux, or it has just ended
     return int(found[1]) * 1024 if found else 0
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

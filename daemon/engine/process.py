@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 import daemon
-from daemon.engine import codec
+from daemon.engine import blas, codec
 from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Request
 from daemon.engine.protocol import Load, Message, ProtocolError, encode, receive
 from daemon.errors import Busy, ContextOverflow, InferenceError, ModelLoadError, SwarmError, UsageError
@@ -272,7 +272,7 @@ async def _spawn(folder: Path, output: BinaryIO) -> asyncio.subprocess.Process:
         "PYTHONPATH": str(Path(daemon.__file__).parent.parent),
         # A thread would keep the worker from leaving the network; llama.cpp asks for its own number later.
         "OPENBLAS_NUM_THREADS": "1",
-        **await asyncio.to_thread(openblas),
+        **await asyncio.to_thread(blas.environment),
         # ggml would start a debugger for a backtrace when it aborts.
         "GGML_NO_BACKTRACE": "1",
     }
@@ -281,18 +281,6 @@ async def _spawn(folder: Path, output: BinaryIO) -> asyncio.subprocess.Process:
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=output, cwd=folder, env=environment,
         start_new_session=True,
     )  # fmt: skip
-
-
-def openblas() -> dict[str, str]:
-    """How OpenBLAS works inside llama.cpp, where it was built with it (.ci/setup.py): it looks at these once, when it is loaded."""
-    # Its threads would spin for 2**26 cycles after every product, beside those of llama.cpp that go on with the result.
-    settings = {"OPENBLAS_THREAD_TIMEOUT": "12"}
-    with contextlib.suppress(OSError):  # not Linux
-        processor = Path("/proc/cpuinfo").read_text()
-        # It takes AMD's processors with AVX-512 for older ones, and is half as fast on them.
-        if "AuthenticAMD" in processor and "avx512vl" in processor:
-            settings["OPENBLAS_CORETYPE"] = "SkylakeX"
-    return settings
 
 
 def _signal_name(code: int) -> str:

@@ -35,6 +35,7 @@ class Load(TypedDict):
     threads: int
     batch: int
     gpu_layers: int
+    blas: bool  # read prompts with the one that llama.cpp was built with, if any
     template: str | None
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from daemon.engine.process import openblas
+from daemon.engine import blas
 from tests.bench.load import Target
 from tests.conftest import CACHE
 from tests.functional.asking import workers
@@ -82,7 +82,7 @@ async def python_server(model: Path, context: int, log: Path) -> AsyncIterator[T
         "interrupt_requests": "false", "verbose": "false",
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    environment = {"PYTHONPATH": str(BENCH / "site"), **openblas()}  # the same llama.cpp as ours, as fast as ours
+    environment = {"PYTHONPATH": str(BENCH / "site"), **blas.environment()}  # the same llama.cpp as ours, as fast as ours
     async with _process([sys.executable, "-P", "-m", "llama_cpp.server", *words], url, "v1/models", log, **environment):
         yield Target(url, str(model))
 

@@ -34,6 +34,7 @@ CHATS = [int(word) for word in os.environ.get("SWARMCTL_BENCH_CHATS", "1 4 8 16"
 TOKENS = int(os.environ.get("SWARMCTL_BENCH_TOKENS", "64"))
 REQUESTS = int(os.environ.get("SWARMCTL_BENCH_REQUESTS", "1000"))
 CONTEXT = 4096
+REST_S = 1.0  # whoever looks at what others use of the machine sees none of the one before
 OURS, LLAMA, UNIFIED, PYTHON = "swarmctl", "llama-server", "llama-server -kvu", "llama_cpp.server"
 
 # Asks at a steady pace until its input ends; prints the milliseconds of each answer.
@@ -150,6 +151,7 @@ async def in_turn(targets: Mapping[str, Target], measure: Callable[[Target, int]
     for turn in range(-1, RUNS):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            await asyncio.sleep(REST_S)
             result = await measure(targets[name], turn + 1)
             if turn >= 0:
                 found[name].append(result)

@@ -42,7 +42,7 @@ STORY = "Tell me a story about a lighthouse."
 
 async def start(path: Path, folder: Path) -> WorkerProcess:
     found = await asyncio.to_thread(inspect, path)
-    load = Load(path=str(path), context=2048, slots=4, threads=1, batch=512, gpu_layers=0, template=found.chat_template)
+    load = Load(path=str(path), context=2048, slots=4, threads=1, batch=512, gpu_layers=0, blas=True, template=found.chat_template)
     return await WorkerProcess.start(load, folder / "worker.log", queue=16, timeout=60)
 
 
@@ -186,7 +186,7 @@ async def test_an_answer_that_repeats_itself_is_not_changed_by_guesses(worker: W
 
 async def test_guesses_save_decodes_and_change_nothing(model_file: Path) -> None:
     """In this process and with a made-up price of a row: on a small model guesses rarely pay, but they must be right wherever they do."""
-    load = Load(path=str(model_file), context=512, slots=1, threads=1, batch=64, gpu_layers=0, template=None)
+    load = Load(path=str(model_file), context=512, slots=1, threads=1, batch=64, gpu_layers=0, blas=True, template=None)
 
     def run(row_cost: float) -> tuple[str, int]:
         llama = Llama(load)

@@ -10,7 +10,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import pytest
 import pytest_asyncio
 
 from daemon.config import Engine as Settings
-from daemon.engine import resident
+from daemon.engine import cores, resident
+from daemon.engine.cores import Reading
 from daemon.engine.gguf import inspect
 from daemon.engine.host import EngineHost
 from daemon.engine.interface import Delta, EmbeddingRequest, ServeOptions
@@ -45,13 +46,29 @@ class Changes:
         self.seen.append(key)
 
 
+class Others:
+    """Stands in for the rest of a machine that leaves us `cores`."""
+
+    def __init__(self, cores: float) -> None:
+        self.cores = cores
+        self._at = self._idle = 0.0
+
+    def __call__(self, pids: Sequence[int]) -> Reading:
+        self._at += 1
+        self._idle += self.cores
+        return Reading(tuple(pids), self._at, self._idle, 0.0)
+
+
 @pytest_asyncio.fixture
 async def make(tmp_path: Path) -> AsyncIterator[Make]:
     made: list[EngineHost] = []
 
-    def host(changes: Callable[[str], None] = nothing, free: int | None = None, **settings: Any) -> EngineHost:
+    def host(
+        changes: Callable[[str], None] = nothing, free: int | None = None, others: Others | None = None, **settings: Any
+    ) -> EngineHost:
         told = Settings(**{"threads": 1, "context": 256, "slots": 1, **settings})
-        more = {} if free is None else {"free_memory": functools.partial(int, free)}
+        more: dict[str, Any] = {} if free is None else {"free_memory": functools.partial(int, free)}
+        more |= {} if others is None else {"read_cores": others}
         made.append(EngineHost(told, tmp_path / "logs", changes, queue=4, **more))
         return made[-1]
 
@@ -290,6 +307,32 @@ async def test_room_to_embed_is_made_when_somebody_embeds(make: Make, model_file
         assert (await provider.embed(texts)).vectors
         assert engine.models()[KEY].memory == needed + more
     assert states(engine) == {KEY: "loaded", OTHER: "idle"}
+
+
+# -- cores --------------------------------------------------------------------------------------------------------------
+
+
+async def test_threads_leave_alone_the_cores_that_others_want(make: Make, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(cores, "usable_cores", lambda: 4)
+    monkeypatch.setattr(WorkerProcess, "set_threads", lambda self, count: told.append(count))
+    others = Others(3.9)
+    engine = make(others=others, threads=0)
+    chat = await begin(engine, model_file)
+    others.cores = 2.2
+    await until(lambda: told == [2])
+    others.cores = 0.0
+    await until(lambda: told == [2, 1])
+    others.cores = 3.9
+    await until(lambda: told == [2, 1, 4])
+    await close(chat)
+
+
+async def test_threads_that_somebody_chose_stay(make: Make, model_file: Path) -> None:
+    engine = make(others=Others(1.0), threads=2)
+    chat = await begin(engine, model_file)
+    await close(chat)
+    assert engine._watch is None
 
 
 # -- dying --------------------------------------------------------------------------------------------------------------

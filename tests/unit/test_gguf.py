@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from daemon.engine import blas
 from daemon.engine.gguf import MAX_ARRAY, MAX_KEYS, GgufHeader, inspect
 from daemon.engine.memory import estimate_embedding, estimate_memory
 from daemon.errors import NotFound, SwarmError, UsageError
@@ -223,6 +224,21 @@ def test_memory_is_weights_and_kv_and_logits(tmp_path: Path) -> None:
     assert small > found.tensor_bytes
     # Whoever embeds has a row of logits for each token of a batch, twice.
     assert estimate_embedding(found, 1, 128) - estimate_embedding(found, 1, 64) > 64 * 2 * 4 * found.vocabulary
+
+
+def test_openblas_reads_the_formats_that_llama_cpp_unpacks_for_every_token(tmp_path: Path) -> None:
+    """Their largest matrix is then once more in memory, as f32."""
+
+    def found(*kinds: int) -> GgufHeader:
+        matrices = [(f"blk.{number}.ffn_up.weight", (64, 64), kind, 8192 * number) for number, kind in enumerate(kinds)]
+        metadata = [*METADATA, ("llama.feed_forward_length", U32, 64)]
+        return read(tmp_path, padded(header(metadata, matrices)) + bytes(8192 * len(kinds)))
+
+    q4_1, q5_1, q8_0 = 3, 7, 8
+    assert blas.reads(found(q4_1, q5_1, q8_0))
+    assert not blas.reads(found(q4_1, q8_0, q8_0))
+    plain, unpacked = (estimate_memory(found(kind), 256, 1, 64) - found(kind).tensor_bytes for kind in (q8_0, q4_1))
+    assert unpacked - plain == 4 * 64 * 64
 
 
 VALID = padded(header(tensors=[("a", (64,), I8, 0), ("b", (64, 2), I8, 64)])) + bytes(192)

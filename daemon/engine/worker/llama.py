@@ -77,6 +77,8 @@ class Llama:
         _LOG.path = load["path"]
         C.llama_log_set(_LOG.function, None)
         C.llama_backend_init()
+        if not load["blas"]:
+            _leave_out_blas()
         self._threads = self._alone = load["threads"]
         model_params = C.llama_model_default_params()
         model_params.n_gpu_layers = load["gpu_layers"]
@@ -233,6 +235,7 @@ class _Embedder:
     def __init__(self, model: int, width: int, batch: int, threads: int) -> None:
         self._width = width
         if C.llama_model_has_decoder(model):
+            # It computes logits for every token of a text, and BLAS would unpack the output matrix for them: up to gigabytes.
             _leave_out_blas()
         self._rows = _Batch(batch)
         params = C.llama_context_default_params()
@@ -292,10 +295,7 @@ class _Batch:
 
 
 def _leave_out_blas() -> None:
-    """Contexts that are made from now on do without BLAS, where llama.cpp was built with one.
-
-    A decoder computes logits for every token of a text to embed, and BLAS unpacks the output matrix for them: up to gigabytes.
-    """
+    """Contexts that are made from now on do without BLAS, where llama.cpp was built with one."""
     ggml = C.llama_cpp._lib  # a handle finds the functions of what the library is linked with, too
     ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
     ggml.ggml_backend_unload.argtypes = [ctypes.c_void_p]
