@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_IDLE: Final = (3, 4, 7)  # columns of /proc/stat (proc(5)): idle, waiting for a disk, and stolen, which no thread of ours could change
-_ENOUGH: Final = 0.7  # of a core: what is left of it by those who want it now and then
+# Columns of /proc/stat (proc(5)): user, nice, system and two kinds of interrupts. What a hypervisor steals is not used by anybody here.
+_BUSY: Final = (0, 1, 2, 5, 6)
+_NOW_AND_THEN: Final = 0.3  # of a core: who wants less than this can share it
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Seconds: by the monotonic clock, on all usable cores with nobody running, and with our workers running."""
+    """Seconds: by the monotonic clock, of work on all usable cores, and of work of our workers."""
 
     pids: tuple[int, ...]  # of our workers
     at: float
-    idle: float
+    busy: float
     own: float
 
 
@@ -39,14 +40,14 @@ def read(pids: Sequence[int]) -> Reading | None:
     except (OSError, AttributeError):
         return None
     columns = [line.split()[1:] for line in lines if line.partition(" ")[0] in usable]
-    idle = sum(int(column[kind]) for column in columns for kind in _IDLE)
-    return Reading(tuple(pids), time.monotonic(), idle / tick, sum(map(_used, pids)) / tick)
+    busy = sum(int(column[kind]) for column in columns for kind in _BUSY)
+    return Reading(tuple(pids), time.monotonic(), busy / tick, sum(map(_used, pids)) / tick)
 
 
-def left(before: Reading, after: Reading) -> int:
-    """Cores that nobody but our workers wanted between two readings, at least one."""
-    free = (after.idle - before.idle + after.own - before.own) / (after.at - before.at)
-    return max(1, int(free + 1 - _ENOUGH))
+def left(before: Reading, after: Reading, cores: int) -> int:
+    """How many of `cores` nobody but our workers wanted between two readings, at least one."""
+    others = (after.busy - before.busy - (after.own - before.own)) / (after.at - before.at)
+    return min(cores, max(1, int(cores - others + _NOW_AND_THEN)))
 
 
 def _used(pid: int) -> int:

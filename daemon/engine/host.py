@@ -266,7 +266,7 @@ class EngineHost:
             while pids := [one.worker.pid for one in self._automatic()]:
                 now = await asyncio.to_thread(self._read_cores, pids)
                 if before is not None and now is not None and before.pids == now.pids:
-                    self._threads = min(self._cores, cores.left(before, now))
+                    self._threads = cores.left(before, now, self._cores)
                     self._share_cores()
                 before = now
                 await asyncio.sleep(_LOOK_S)

@@ -47,16 +47,16 @@ class Changes:
 
 
 class Others:
-    """Stands in for the rest of a machine that leaves us `cores`."""
+    """Stands in for a machine on which others use so many `cores`."""
 
     def __init__(self, cores: float) -> None:
         self.cores = cores
-        self._at = self._idle = 0.0
+        self._at = self._busy = 0.0
 
     def __call__(self, pids: Sequence[int]) -> Reading:
         self._at += 1
-        self._idle += self.cores
-        return Reading(tuple(pids), self._at, self._idle, 0.0)
+        self._busy += self.cores
+        return Reading(tuple(pids), self._at, self._busy, 0.0)
 
 
 @pytest_asyncio.fixture
@@ -316,14 +316,14 @@ async def test_threads_leave_alone_the_cores_that_others_want(make: Make, model_
     told: list[int] = []
     monkeypatch.setattr(cores, "usable_cores", lambda: 4)
     monkeypatch.setattr(WorkerProcess, "set_threads", lambda self, count: told.append(count))
-    others = Others(3.9)
+    others = Others(0.1)
     engine = make(others=others, threads=0)
     chat = await begin(engine, model_file)
-    others.cores = 2.2
+    others.cores = 1.8
     await until(lambda: told == [2])
-    others.cores = 0.0
+    others.cores = 6.0
     await until(lambda: told == [2, 1])
-    others.cores = 3.9
+    others.cores = 0.1
     await until(lambda: told == [2, 1, 4])
     await close(chat)
 
