@@ -19,6 +19,7 @@ from daemon.engine.process import GpuLoadError, WorkerProcess
 from daemon.engine.protocol import Load
 from daemon.engine.resident import Loaded, Resident
 from daemon.errors import NoMemory, Unavailable, UsageError
+from daemon.supervise import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class EngineHost:
         self._read_cores = read_cores
         self._cores = cores.usable_cores()
         self._threads = settings.threads or self._cores  # of all workers together
-        self._watch: asyncio.Task[None] | None = None
+        self._supervisor = Supervisor()
         self._residents: dict[str, Resident] = {}  # every model that was ever asked for
         # One load at a time, so that two cannot count on the same free memory.
         self._loading = asyncio.Lock()
@@ -98,9 +99,7 @@ class EngineHost:
     async def close(self) -> None:
         """End every worker, also those that are being loaded. Idempotent."""
         self._closed = True
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.wait({self._watch})
+        await self._supervisor.close()
         await asyncio.gather(*(resident.stop() for resident in self._residents.values()), *self._ending)
 
     def _resident(self, key: str, source: Source) -> Resident:
@@ -247,8 +246,8 @@ class EngineHost:
             if one.threads != wanted:
                 one.threads = wanted
                 one.worker.set_threads(wanted)
-        if busy and self._watch is None and not (self._settings.threads or self._closed):
-            self._watch = asyncio.create_task(self._watch_cores(), name="cores")
+        if busy and not (self._settings.threads or self._closed or "cores" in self._supervisor.state()):
+            self._supervisor.run("cores", self._watch_cores, restart=True)
 
     def _automatic(self) -> list[Loaded]:
         """Those whose number of threads nobody chose."""
@@ -271,7 +270,6 @@ class EngineHost:
                 before = now
                 await asyncio.sleep(_LOOK_S)
         finally:
-            self._watch = None
             self._threads = self._cores
 
 
