@@ -102,7 +102,7 @@ class Announcer:
         self._answer: asyncio.TimerHandle | None = None
         self._pass_on: deque[bytes] = deque(maxlen=64)
         self._tell_again: set[str] = set()
-        self._told_by: dict[str, None] = {}  # the last nodes that spoke to us over HTTP themselves, the latest at the end
+        self._told_by: deque[str] = deque(maxlen=HTTP_TARGETS)  # the last nodes that spoke to us over HTTP themselves
         self._senders = Buckets(rate=5.0, burst=50.0, clock=time.monotonic)
         self._random = random.Random()
         self._joiner = Joiner(self, table=table, ledger=ledger, supervisor=supervisor, http=http, join=join)
@@ -167,31 +167,31 @@ class Announcer:
 
     async def exchange(self, envelopes: list[bytes]) -> list[bytes]:
         """One HTTP exchange: take in what is right of `envelopes`, give back ours and those of the others."""
-        refusals = await self.take_in(envelopes)
-        if refusals[:1] == [""]:
-            self._note_teller(exchange.speaker(envelopes[0]).node)
+        heard = await self.take_in(envelopes)
+        if heard and isinstance(heard[0], Announcement):  # whoever speaks puts itself first
+            self._note_teller(heard[0].node)
         own = await self.own_pages()
         brought = set(envelopes)
         others = {node: [page for page in pages if page not in brought] for node, pages in self._table.envelopes().items()}
         return exchange.chosen(own, others, shuffle=self._random)
 
-    async def take_in(self, envelopes: Sequence[bytes]) -> list[str]:
-        """Envelopes that came over HTTP; why each was refused, "" where it was not.
+    async def take_in(self, envelopes: Sequence[bytes]) -> list[Announcement | str]:
+        """Envelopes that came over HTTP: what each says, or why it was refused.
 
         A wrong one does not stop the others: whoever passes it on need not have written it.
         """
-        refusals: list[str] = []
+        heard: list[Announcement | str] = []
         for envelope in envelopes:
             try:
                 said = await self.receive(envelope)
             except (Malformed, NotVerified, Stale, Refused, Busy) as error:
-                refusals.append(error.why if isinstance(error, SwarmError) else str(error))
+                heard.append(error.why if isinstance(error, SwarmError) else str(error))
                 continue
-            refusals.append("")
+            heard.append(said)
             if said.peer_id is None and self.ipfs is not None:
                 self._pass_on.append(envelope)
                 self._wanted.set()
-        return refusals
+        return heard
 
     async def own_pages(self) -> list[bytes]:
         """Our signed pages as things are now, whether they have been said yet or not."""
@@ -303,10 +303,9 @@ class Announcer:
         return list(dict.fromkeys([*self._joiner.doors(), *told_by, *others]))
 
     def _note_teller(self, node: str) -> None:
-        self._told_by.pop(node, None)
-        self._told_by[node] = None
-        if len(self._told_by) > HTTP_TARGETS:
-            del self._told_by[next(iter(self._told_by))]
+        if node in self._told_by:
+            self._told_by.remove(node)
+        self._told_by.append(node)
 
     def _tell(self, url: str) -> None:
         """Post our pages to a door in the background; one post at a time, always with the newest pages."""

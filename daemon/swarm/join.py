@@ -25,7 +25,7 @@ from daemon.swarm.reach import first, reach
 from daemon.swarm.relay import PROTOCOL
 from registry.address import format_address, parse_address
 from registry.endpoints import peer_of
-from registry.records import Address, Peer
+from registry.records import Address, Announcement, Peer
 from registry.store import Ledger
 
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Voice(Protocol):
         ...
 
     async def own_pages(self) -> Sequence[bytes]: ...
-    async def take_in(self, envelopes: Sequence[bytes]) -> list[str]: ...
+    async def take_in(self, envelopes: Sequence[bytes]) -> list[Announcement | str]: ...
 
 
 @dataclass(slots=True)
@@ -132,10 +132,10 @@ class Joiner:
         said = exchange.speaker(envelopes[0])
         if node and said.node != node:
             raise VerificationError("peer", "another node answers there")
-        refusals = await self._voice.take_in(envelopes)
+        heard = await self._voice.take_in(envelopes)
         peer = self._table.peer(said.node)
         if peer is None:
-            raise Unserved("peer", refusals[0])
+            raise Unserved("peer", str(heard[0]))
         return peer
 
     async def _over_ipfs(self, address: Address) -> Peer:
