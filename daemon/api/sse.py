@@ -33,13 +33,13 @@ async def stream(request: web.Request, events: AsyncIterator[Event], headers: Ma
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **(headers or {})})
     lines = _Lines(response, limits.silence_s)
     first = asyncio.create_task(_next(events))
-    comments: asyncio.Task[None] | None = None
+    tasks: list[asyncio.Task[Any]] = [first]
     try:
         await asyncio.wait({first}, timeout=limits.first_s)
         if first.done() and first.exception() is not None and not isinstance(first.exception(), StopAsyncIteration):
             first.result()
         await response.prepare(request)
-        comments = asyncio.create_task(lines.fill_silence())
+        tasks.append(asyncio.create_task(lines.fill_silence()))
         # Tokens come by the thousand: only the first event has a task of its own.
         coming: Awaitable[Event] = first
         while True:
@@ -58,9 +58,8 @@ async def stream(request: web.Request, events: AsyncIterator[Event], headers: Ma
             coming = anext(events)
         await response.write_eof()
     finally:
-        await _cancelled(first)
-        if comments is not None:
-            await _cancelled(comments)
+        for task in tasks:
+            await _cancelled(task)
         await close(events)
     return response
 

@@ -18,6 +18,7 @@ import aiohttp
 import psutil
 
 from daemon.engine import blas
+from daemon.engine.cores import usable_cores
 from tests.bench.load import Target
 from tests.conftest import CACHE
 from tests.functional.asking import workers
@@ -25,7 +26,7 @@ from tests.functional.nodes import Node
 
 BENCH = CACHE / "bench"
 GEMMA = BENCH / "gemma-3-270m-q4_k_m.gguf"
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = usable_cores()
 _START_S = 120.0
 
 

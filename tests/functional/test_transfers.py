@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.functional.asking import call
+from tests.functional.engines import alive
 from tests.functional.nodes import Node, nodes, until
 from tests.unit.gguf_files import tiny_gguf
 
@@ -216,14 +217,6 @@ def test_publishing_leaves_the_original_alone_and_takes_no_second_copy(node: Cal
     assert a.run("ls") == []
     assert a.blobs() == []
     assert (original.stat().st_mode, original.stat().st_mtime_ns, sha256(original)) == before
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_an_original_that_is_edited_in_place_is_withdrawn_at_once(node: Callable[[str], Node], original: Path) -> None:
