@@ -26,6 +26,10 @@ import aiohttp
 
 from daemon import config as settings
 from daemon import network
+from daemon.answering.answers import Answers
+from daemon.answering.offering import Offering
+from daemon.answering.serving import Serving
+from daemon.answering.upstreams import Upstreams
 from daemon.api.app import create_app
 from daemon.api.server import open_api
 from daemon.api.services import Services
@@ -33,25 +37,24 @@ from daemon.api.sessions import Sessions
 from daemon.config import Config
 from daemon.engine.host import EngineHost
 from daemon.errors import SwarmError, UsageError
+from daemon.gossip.gossip import Gossip
+from daemon.gossip.pages import Card, OwnPages
+from daemon.gossip.peers import PeerTable
 from daemon.home import Home
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.keeper import IpfsKeeper
 from daemon.ledger import LedgerThread
+from daemon.peerapi.ping import Ping
+from daemon.peerapi.server import PeerApi, Ports
+from daemon.peerapi.ways import Ways
+from daemon.peerchat.seal import SealKeys
+from daemon.peerchat.server import ChatServer
 from daemon.status import Status
 from daemon.supervise import Supervisor
-from daemon.swarm.announce import Announcer
-from daemon.swarm.answers import Answers
-from daemon.swarm.door import create_door, open_door
-from daemon.swarm.offering import Offering
-from daemon.swarm.peers import PeerTable
-from daemon.swarm.relay import ChatServer
-from daemon.swarm.seal import SealKeys
-from daemon.swarm.serving import Serving
-from daemon.swarm.upstreams import Upstreams
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Patience, Sources
 from daemon.transfer.library import Library
-from daemon.transfer.objects import Objects
+from daemon.transfer.objects import Objects, ObjectServer
 from daemon.transfer.publish import Publisher
 from daemon.transfer.pull import Puller
 from daemon.transfer.resolve import Resolver
@@ -62,13 +65,14 @@ from daemon.transfer.store import Store
 from daemon.transfer.transfers import Transfer, Transfers, utc_now
 from daemon.trust import TrustBook
 from registry import envelope
-from registry.address import parse_address
+from registry.address import parse_address, usable
 from registry.errors import Malformed
 from registry.records import Address
 
 log = logging.getLogger("daemon")
 
 _IPFS_WAIT_S = 2.0  # how long being ready may wait for IPFS, which may come later as well
+_JOIN_WAIT_S = 20.0  # how long a join waits for IPFS to come up
 _LAST_ANSWERS_S = 0.5  # how long a stop waits for answers under way
 _PINS_S = 60.0  # between two looks at what IPFS has pinned
 _LOOK_S = 5.0  # between two looks at the files of the models
@@ -135,13 +139,15 @@ class _Voice:
     """How this node is with others: what it serves, whom it knows, and what it says."""
 
     http: aiohttp.ClientSession
+    ways: Ways
     supervisor: Supervisor
     serving: Serving
     upstreams: Upstreams
     offering: Offering
     peers: PeerTable
     answers: Answers
-    announcer: Announcer
+    gossip: Gossip
+    ports: Ports
 
 
 class _Daemon:
@@ -156,7 +162,8 @@ class _Daemon:
         self._started = utc_now()
         self._join = [_address(text) for text in config.swarm.join]
         self._stop = asyncio.Event()
-        self._announcer: Announcer | None = None
+        self._gossip: Gossip | None = None
+        self._ports = Ports(0, 0)
         self._keeper = IpfsKeeper(config, self._ipfs_ready, self._ipfs_gone)
 
     async def run(self) -> None:
@@ -179,16 +186,16 @@ class _Daemon:
         return self._keeper.node
 
     async def _ipfs_ready(self, node: IpfsNode) -> None:
-        if self._announcer is not None:
-            await self._announcer.on_ipfs_ready(node)
+        if self._gossip is not None:
+            await self._gossip.on_ipfs_ready(node)
 
     async def _ipfs_gone(self) -> None:
-        if self._announcer is not None:
-            await self._announcer.on_ipfs_gone()
+        if self._gossip is not None:
+            await self._gossip.on_ipfs_gone()
 
     def _changed(self) -> None:
-        if self._announcer is not None:
-            self._announcer.changed()
+        if self._gossip is not None:
+            self._gossip.changed()
 
     # -- the parts, in order ----------------------------------------------------------------------------------------
 
@@ -224,41 +231,49 @@ class _Daemon:
         offering = Offering(self._node, has.library, serving, upstreams, has.torrents)
         peers = PeerTable(has.ledger, own=self._node, clock=time.time, standing=has.trust.standing)
         await peers.open()
-        answers = Answers(peers, offering.askable, offering.offers, ipfs=self._ipfs, http=http, clock=time.time)
-        seal_keys = SealKeys(self._node, time.time)
-        door = create_door(
-            announcements=lambda envelopes: announcer.exchange(envelopes),
-            chats=ChatServer(seal_keys, offering.served),
-            object_bytes=has.library.small_object,
-        )
-        door_port = await stack.enter_async_context(open_door(door, config.swarm.host, config.swarm.port))
+        ways = Ways(network=config.network, ipfs=self._ipfs, http=http)
+        answers = Answers(peers, offering.askable, offering.offers, ways=ways, http=http, clock=time.time)
         supervisor = Supervisor(close_s=_STOP_S)
         stack.push_async_callback(supervisor.close)
-        announcer = Announcer(
-            self._key,
-            table=peers,
-            ledger=has.ledger,
-            supervisor=supervisor,
-            seal_keys=seal_keys,
-            describe=offering.describe,
-            bittorrent=lambda: network.bittorrent_addresses(config.network, has.torrents.port) if has.torrents is not None else (),
-            door_port=door_port,
-            door_urls=network.door_urls(config.network, config.swarm.host, door_port),
-            http=http,
-            clock=time.time,
-            heartbeat_s=config.swarm.heartbeat,
-            join=self._join,
+        seal_keys = SealKeys(self._node, time.time)
+        pages = OwnPages(
+            self._key, has.ledger, card=lambda: self._card(seal_keys, has), describe=offering.describe, clock=time.time
         )
-        self._announcer = announcer
-        stack.push_async_callback(announcer.close)
-        return _Voice(http, supervisor, serving, upstreams, offering, peers, answers, announcer)
+        gossip = Gossip(
+            pages, table=peers, ledger=has.ledger, supervisor=supervisor, ways=ways, http=http,
+            ipfs_within=lambda: self._keeper.node_within(_JOIN_WAIT_S), heartbeat_s=config.swarm.heartbeat, join=self._join,
+        )  # fmt: skip
+        chats = ChatServer(seal_keys, offering.provider)
+        objects = ObjectServer(has.library.small_object)
+        routes = [*Ping(self._node).routes(), *gossip.routes(), *chats.routes(), *objects.routes()]
+        api = PeerApi(routes)
+        hosts = [config.swarm.host]
+        self._ports = await stack.enter_async_context(api.listening(hosts, config.swarm.port))
+        self._gossip = gossip
+        stack.push_async_callback(gossip.close)
+        return _Voice(http, ways, supervisor, serving, upstreams, offering, peers, answers, gossip, self._ports)
+
+    def _card(self, seal_keys: SealKeys, has: _Holdings) -> Card:
+        """How this node is reached now."""
+        config = self._config
+        gossip = self._gossip
+        identity = gossip.pubsub.identity if gossip is not None else None
+        bittorrent = network.bittorrent_addresses(config.network, has.torrents.port) if has.torrents is not None else ()
+        address = Address(
+            self._node,
+            ipfs=identity.addresses if identity is not None else (),
+            bittorrent=bittorrent,
+            http=network.peer_api_urls(config.network, config.swarm.host, self._ports.direct),
+        )
+        peer_id = identity.peer_id if identity is not None else None
+        return Card(peer_id, usable(address), seal_keys.public())
 
     async def _transfers(self, stack: AsyncExitStack, has: _Holdings, voice: _Voice) -> tuple[Transfers, Puller, Publisher]:
         config = self._config
         transfers = Transfers(has.ledger)
         stack.push_async_callback(transfers.close)
         publisher = Publisher(has.store, has.library, self._key)
-        resolver = Resolver(Objects(self._ipfs, voice.http), voice.peers, has.trust, self._ipfs, config.ipfs.enabled)
+        resolver = Resolver(Objects(self._ipfs, voice.ways, voice.http), voice.peers, has.trust, self._ipfs, config.ipfs.enabled)
         patience = Patience(config.transfer.stall, config.transfer.give_up)
         sources = Sources(self._ipfs, config.ipfs.enabled, RateLimit(config.transfer.download_rate), patience)
         puller = Puller(has.store, has.library, resolver, publisher, has.torrents, sources)
@@ -267,7 +282,7 @@ class _Daemon:
     async def _start(self, voice: _Voice, has: _Holdings) -> None:
         """Begin to speak. IPFS may be away, now or later: the node lives without it."""
         await voice.serving.open()
-        await voice.announcer.start()
+        await voice.gossip.start(voice.ports.streams)
         for blake3 in has.strays:
             voice.supervisor.run(f"identify {blake3[:12]}", partial(has.library.identify_again, blake3), restart=False)
         voice.supervisor.run("changes", lambda: self._keep_sound(voice, has.library), restart=True)
@@ -314,12 +329,12 @@ class _Daemon:
 
         status = Status(
             config, version("swarmctl"), self._started, self._keeper, has.torrents, has.library, transfers, voice.serving,
-            voice.upstreams, voice.announcer, voice.supervisor,
+            voice.upstreams, voice.gossip, voice.supervisor,
         )  # fmt: skip
         services = Services(
             library=has.library, pull=pull, publish=publish, transfers=transfers, serving=voice.serving,
             upstreams=voice.upstreams, peers=voice.peers, own_offers=voice.offering.offers,
-            announcer=voice.announcer, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,
+            gossip=voice.gossip, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,
         )  # fmt: skip
         app, host = create_app(services, self._home.token(), Sessions(config.api.session_timeout, time.time)), config.api.host
         port = await stack.enter_async_context(open_api(app, host, config.api.port, last_answers_s=_LAST_ANSWERS_S))

@@ -15,8 +15,8 @@ def bittorrent_addresses(network: Network, port: int) -> tuple[str, ...]:
     return (f"{host}:{port}",) if host is not None and port else ()
 
 
-def door_urls(network: Network, host: str, port: int) -> tuple[str, ...]:
-    """Base URLs at which other nodes reach the door directly; empty when it listens where they cannot come."""
+def peer_api_urls(network: Network, host: str, port: int) -> tuple[str, ...]:
+    """Base URLs at which other nodes reach the peer API directly; empty when it listens where they cannot come."""
     if network == "loopback":
         return (f"http://127.0.0.1:{port}",)
     if host in _LOOPBACK:

@@ -95,7 +95,10 @@ class IpfsNode(Protocol):
         ...
 
     async def listen(self, protocol: str, port: int) -> None:
-        """Hand incoming libp2p streams of `protocol` to 127.0.0.1:`port`. Calling it again replaces the target."""
+        """Hand incoming libp2p streams of `protocol` to 127.0.0.1:`port`. Calling it again replaces the target.
+
+        Each stream begins with a line that holds the peer id of whoever opened it.
+        """
         ...
 
     def dial(self, protocol: str, peer_id: str) -> AbstractAsyncContextManager[tuple[str, int]]:

@@ -37,6 +37,7 @@ class IpfsKeeper:
         self.reason = ""
         self.version = ""
         self._fresh = asyncio.Event()
+        self._up = asyncio.Event()  # set while `node` is there
         self.settled = asyncio.Event()  # ready, or failed for the first time
 
     async def next_node(self) -> IpfsNode:
@@ -45,6 +46,16 @@ class IpfsKeeper:
         self._fresh.clear()
         if self.node is None:
             return await self.next_node()
+        return self.node
+
+    async def node_within(self, seconds: float) -> IpfsNode | None:
+        """The node, waiting for it as long as it is starting; None when there is none by then."""
+        if self.state != "off":
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._up.wait()
+            except TimeoutError:
+                pass
         return self.node
 
     @property
@@ -102,10 +113,12 @@ class IpfsKeeper:
         self.node, self.state, self.reason = node, "ready", ""
         self.settled.set()
         self._fresh.set()
+        self._up.set()
         await ended()
 
     async def _leave(self) -> None:
         was_ready, self.node = self.node is not None, None
+        self._up.clear()
         if was_ready:
             self.state, self.reason = "down", "it stopped answering"
             await self._on_gone()

@@ -247,7 +247,9 @@ class KuboNode:
         own = f"/p2p/{(await self.identity()).peer_id}"
         async with self._tunnels:
             await self._timed(self._rpc.call("p2p/close", options={"protocol": protocol, "listen-address": own}))
-            await self._timed(self._rpc.call("p2p/listen", protocol, f"/ip4/127.0.0.1/tcp/{port}"))
+            target = f"/ip4/127.0.0.1/tcp/{port}"
+            options = {"report-peer-id": True}
+            await self._timed(self._rpc.call("p2p/listen", protocol, target, options=options))
 
     @asynccontextmanager
     async def dial(self, protocol: str, peer_id: str) -> AsyncIterator[tuple[str, int]]:

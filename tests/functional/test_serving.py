@@ -195,7 +195,7 @@ def test_the_answer_comes_over_a_libp2p_stream(pair: Pair, kubo_binary: Path) ->
     until(lambda: not streams(pair.a) and not streams(pair.b), "the end of the stream")
 
 
-def test_of_two_that_serve_the_rule_chooses_and_without_ipfs_the_door_is_the_way(node: Callable[[str], Node], model_file: Path) -> None:
+def test_of_two_that_serve_the_rule_chooses_and_without_ipfs_the_peer_api_is_the_way(node: Callable[[str], Node], model_file: Path) -> None:
     one, many, asker = (node(name).up("--ipfs-enabled", "false") for name in ("one", "many", "asker"))
     for server, slots in ((one, "1"), (many, "3")):
         code = server.run("publish", str(model_file))["code"]
