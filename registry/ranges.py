@@ -15,6 +15,15 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urlsplit
 
 
+def is_address(host: str) -> bool:
+    """Whether `host` is an IP literal, without brackets."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def allows(network: str, host: str) -> bool:
     """Whether a node of `network` may speak to `host`, an IP literal. A DNS name is never allowed: it may mean anything."""
     try:
