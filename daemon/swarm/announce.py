@@ -203,7 +203,7 @@ class Announcer:
         """An IPFS node answers (for the first time, or again): listen for streams and join the topic. Raises `Unavailable`."""
         await self.on_ipfs_gone()
         self._identity = await node.identity()
-        await node.listen(PROTOCOL, self._door_port)
+        await node.listen(PROTOCOL, self._door_port, report_peer_id=False)
         self.ipfs = node
         # Pages without our peer id would look like another node's to whoever comes over IPFS.
         self._own = []
@@ -335,7 +335,7 @@ class Announcer:
 
     async def _hear(self, node: IpfsNode) -> None:
         # Renewed with the subscription: a node that somebody else runs may have been restarted without a word.
-        await node.listen(PROTOCOL, self._door_port)
+        await node.listen(PROTOCOL, self._door_port, report_peer_id=False)
         own = (await node.identity()).peer_id
         async for message in node.subscribe(TOPIC):
             if message.sender == own or not self._senders.take(message.sender):
