@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from daemon.errors import UsageError
+from daemon.ipfs.bootstrap import PUBLIC_BOOTSTRAP, check_bootstrap
 
 Network = Literal["public", "lan", "loopback"]
 
@@ -39,6 +40,7 @@ class Ipfs:
     binary: str = ""  # Kubo binary; empty: PATH, then what set-up installed
     port: int = 4001  # libp2p port of our own Kubo
     max_connections: int = 96  # Kubo's connection manager trims above this
+    bootstrap: tuple[str, ...] = PUBLIC_BOOTSTRAP  # multiaddrs to enter the public network by; empty: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,7 @@ def _check(config: Config) -> None:
         raise UsageError("engine.keep_alive", f"{config.engine.keep_alive:g} s is more than a year", "use -1 for ever")
     if config.swarm.heartbeat < 1:
         raise UsageError("swarm.heartbeat", f"{config.swarm.heartbeat} s is too often", "use at least 1")
+    check_bootstrap(config.ipfs.bootstrap)
     if not config.ipfs.enabled and not config.torrent.enabled:
         raise UsageError("ipfs.enabled and torrent.enabled", "both are off", "a node needs one of them")
     if config.engine.slots < 1 or config.engine.context < 64 or config.engine.batch < 64:

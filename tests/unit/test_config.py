@@ -8,6 +8,7 @@ import pytest
 
 from daemon.config import load
 from daemon.errors import UsageError
+from daemon.ipfs.bootstrap import PUBLIC_BOOTSTRAP
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,9 @@ from daemon.errors import UsageError
         ("[transfer]\ndownload_rate = '-1MiB'", "transfer.download_rate"), ("[transfer]\ngive_up = -1", "transfer.give_up"),
         ("[engine]\nmemory = -1", "engine.memory"), ("[engine]\nslots = 0", "engine"), ("[swarm]\nheartbeat = 0", "swarm.heartbeat"),
         ("[engine]\nkeep_alive = inf", "engine.keep_alive"), ("[swarm]\njoin = 3", "swarm.join"),
+        ("[ipfs]\nbootstrap = 3", "ipfs.bootstrap"), ("[ipfs]\nbootstrap = ['auto']", "ipfs.bootstrap"),
+        ("[ipfs]\nbootstrap = ['/ip4/1.2.3.4/tcp/4001']", "ipfs.bootstrap"),
+        ("[ipfs]\nbootstrap = ['/ip4/1.2.3/tcp/1/p2p/Qm']", "ipfs.bootstrap"),
         ("network = 'loopback'\n[swarm]\nhost = '0.0.0.0'", "swarm.host"),
     ],
 )  # fmt: skip
@@ -56,3 +60,13 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path)
     assert (config.transfer.stall, config.transfer.give_up, config.transfer.download_rate) == (5, 4, 1536)
     assert config.swarm.join == ("a", "b")
     assert (config.api.port, load(tmp_path, {"SWARMCTL_NETWORK": "loopback"}).api.port) == (8787, 0)
+
+
+def test_no_bootstrap_is_not_the_default_one(tmp_path: Path) -> None:
+    assert load(tmp_path, {}).ipfs.bootstrap == PUBLIC_BOOTSTRAP
+    assert load(tmp_path, {"SWARMCTL_IPFS_BOOTSTRAP": ""}).ipfs.bootstrap == ()
+    assert load(tmp_path, {}, {"ipfs.bootstrap": ""}).ipfs.bootstrap == ()
+    (tmp_path / "config.toml").write_text("[ipfs]\nbootstrap = []")
+    assert load(tmp_path, {}).ipfs.bootstrap == ()
+    one = PUBLIC_BOOTSTRAP[0]
+    assert load(tmp_path, {"SWARMCTL_IPFS_BOOTSTRAP": one}).ipfs.bootstrap == (one,)
