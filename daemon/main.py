@@ -34,7 +34,7 @@ from daemon.api.app import create_app
 from daemon.api.server import open_api
 from daemon.api.services import Services
 from daemon.api.sessions import Sessions
-from daemon.config import Config
+from daemon.config import Config, host_port
 from daemon.engine.host import EngineHost
 from daemon.errors import SwarmError, UsageError
 from daemon.gossip.gossip import Gossip
@@ -210,7 +210,12 @@ class _Daemon:
         torrents = None
         if config.torrent.enabled:
             torrents = TorrentSession(
-                config.network, config.torrent.port, download_rate=config.transfer.download_rate, upload_rate=config.transfer.upload_rate
+                config.network,
+                config.torrent.port,
+                download_rate=config.transfer.download_rate,
+                upload_rate=config.transfer.upload_rate,
+                dht_bootstrap=[host_port(entry) for entry in config.torrent.dht_bootstrap],
+                dht_state=config.home / "torrents" / "dht.state",
             )
             await torrents.start()
             stack.push_async_callback(torrents.close)
