@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import aiohttp
-import psutil
 
 from daemon.errors import SwarmError
+from daemon.network import global_address, own_addresses
 from daemon.peerapi import dialback
 from daemon.peerapi.ways import NEVER, Ways
 from registry import ranges
@@ -121,22 +121,6 @@ class Reachability:
         if (self.state, self.reached, self.external) != before:
             _log.info("reachability: %s (%s)", state, ", ".join(sorted(reached)) or "nothing")
             self._on_change()
-
-
-def own_addresses() -> frozenset[str]:
-    """The IP addresses of this machine's interfaces, without zones."""
-    found = psutil.net_if_addrs().values()
-    addresses = (entry.address.partition("%")[0] for entries in found for entry in entries)
-    return frozenset(address for address in addresses if ranges.is_address(address))
-
-
-def global_address() -> str | None:
-    """An IPv4 address of this machine that the internet could reach; None behind a NAT.
-
-    IPv6 says nothing here: most homes have global IPv6 addresses behind a firewall.
-    """
-    found = sorted(one for one in own_addresses() if ":" not in one)
-    return next((one for one in found if ranges.allows("public", one)), None)
 
 
 def _nat(verdicts: Sequence[tuple[dialback.Verdict, int | None]], before: Nat) -> Nat:

@@ -19,6 +19,7 @@ import aiohttp
 from aiohttp import web
 
 from daemon.buckets import Buckets
+from daemon.config import Network
 from daemon.errors import Busy, SwarmError, Unserved, UsageError, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.peerapi.ping import ping
@@ -48,7 +49,7 @@ class DialBack:
     """Answers nodes that want to be dialled back. `network` is the kind of network this node lives in."""
 
     def __init__(
-        self, network: str, ipfs: Callable[[], IpfsNode | None], http: aiohttp.ClientSession
+        self, network: Network, ipfs: Callable[[], IpfsNode | None], http: aiohttp.ClientSession
     ) -> None:
         self._network = network
         self._ipfs = ipfs
