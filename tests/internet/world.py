@@ -14,7 +14,7 @@ The wire is a bridge in a namespace of its own. On it stand public hosts and rou
     home B  192.168.3.2 -- router 100.64.3.2 -- carrier 11.3.0.2       LAN L  192.168.4.2 -- bridge -- 192.168.4.3
 
 Addresses: 11.0.0.0/8 because libp2p and libtorrent take documentation ranges for private ones; each host in another /16, because DHTs
-distrust neighbours. What has no host is answered with "unreachable", as by an operator, or with silence (`beyond`).
+distrust neighbours. What has no host is refused at once, name lookups included, or nothing ever comes back (`beyond`).
 Multicast does not cross the wire (else hosts on it would find each other by mDNS, which no internet does), and there is no IPv6 on it.
 """
 
@@ -31,7 +31,7 @@ from tests.internet.namespaces import Namespace, mark, remove_leftovers
 from tests.internet.sniffing import Sniffed, sniff
 
 Nat = Literal["preserving", "symmetric"]
-Beyond = Literal["unreachable", "silent"]
+Beyond = Literal["refused", "silent"]
 GATEWAY = "11.0.0.1"
 
 
@@ -166,7 +166,7 @@ class Lan:
 class World:
     """Builds the hosts. `close()` ends all that runs on them; nothing of it outlives the process that made it."""
 
-    def __init__(self, folder: Path, kubo: Path, beyond: Beyond = "unreachable") -> None:
+    def __init__(self, folder: Path, kubo: Path, beyond: Beyond = "refused") -> None:
         """`folder` gets the data folders and logs of the nodes. Raises `namespaces.Refused`."""
         remove_leftovers()
         self._folder, self._kubo = folder, kubo
@@ -259,11 +259,17 @@ class World:
 
     def _give_the_wire_an_end(self, beyond: Beyond) -> None:
         """What nobody here has as an address."""
-        end = "unreachable" if beyond == "unreachable" else "blackhole"
         wire = self._wire.namespace
+        wire.ip(f"address add {GATEWAY}/8 dev bridge0")
+        if beyond == "silent":
+            wire.ip("route add blackhole default")
+            return
+        # Refused by a rule, because what a route refuses is told five times and then once a second (ip_error in the kernel), and
+        # as "prohibited", because that ends a waiting UDP socket too (udp_err): name lookups fail at once.
+        wire.ip("route add default dev bridge0")
         wire.sysctl("ipv4/ip_forward", "1")
         wire.sysctl("ipv4/icmp_ratelimit", "0")
-        wire.ip(f"address add {GATEWAY}/8 dev bridge0", f"route add {end} default")
+        wire.rules("*filter\n-A FORWARD -j REJECT --reject-with icmp-admin-prohibited\nCOMMIT")
 
     def _between(self, change: str, one: Host, other: Host) -> None:
         assert one.outside != other.outside, "two hosts of one house meet inside it"
@@ -273,7 +279,7 @@ class World:
 
 
 @contextlib.contextmanager
-def internet(folder: Path, kubo: Path, beyond: Beyond = "unreachable") -> Iterator[World]:
+def internet(folder: Path, kubo: Path, beyond: Beyond = "refused") -> Iterator[World]:
     world = World(folder, kubo, beyond)
     try:
         yield world
