@@ -38,12 +38,14 @@ from daemon.config import Config, host_port
 from daemon.engine.host import EngineHost
 from daemon.errors import SwarmError, UsageError
 from daemon.gossip.gossip import Gossip
+from daemon.gossip.moving import settle
 from daemon.gossip.pages import Card, OwnPages
 from daemon.gossip.peers import PeerTable
 from daemon.home import Home
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.keeper import IpfsKeeper
 from daemon.ledger import LedgerThread
+from daemon.membership import membership
 from daemon.peerapi.ping import Ping
 from daemon.peerapi.server import PeerApi, Ports
 from daemon.peerapi.ways import Ways
@@ -159,6 +161,9 @@ class _Daemon:
         self._home = home
         self._key = home.node_key()
         self._node = envelope.key_name(self._key)
+        self._membership = membership(
+            config.swarm.name, config.swarm.secret, node=self._node, clock=time.time
+        )
         self._started = utc_now()
         self._join = [_address(text) for text in config.swarm.join]
         self._stop = asyncio.Event()
@@ -227,7 +232,11 @@ class _Daemon:
 
     async def _voice(self, stack: AsyncExitStack, has: _Holdings) -> _Voice:
         config = self._config
-        http = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
+        http = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                auto_decompress=False, middlewares=(self._membership.middleware,)
+            )
+        )
         engine = EngineHost(config.engine, config.home / "logs", lambda key: serving.changed(key))
         stack.push_async_callback(engine.close)
         serving = Serving(engine, has.library, has.ledger, self._changed)
@@ -235,8 +244,11 @@ class _Daemon:
         stack.push_async_callback(upstreams.close)
         offering = Offering(self._node, has.library, serving, upstreams, has.torrents)
         peers = PeerTable(has.ledger, own=self._node, clock=time.time, standing=has.trust.standing)
+        await settle(has.ledger, self._membership)
         await peers.open()
-        ways = Ways(network=config.network, ipfs=self._ipfs, http=http)
+        ways = Ways(
+            network=config.network, ipfs=self._ipfs, http=http, membership=self._membership
+        )
         answers = Answers(peers, offering.askable, offering.offers, ways=ways, http=http, clock=time.time)
         supervisor = Supervisor(close_s=_STOP_S)
         stack.push_async_callback(supervisor.close)
@@ -246,12 +258,12 @@ class _Daemon:
         )
         gossip = Gossip(
             pages, table=peers, ledger=has.ledger, supervisor=supervisor, ways=ways, http=http,
-            ipfs_within=lambda: self._keeper.node_within(_JOIN_WAIT_S), heartbeat_s=config.swarm.heartbeat, join=self._join,
+            membership=self._membership, ipfs_within=lambda: self._keeper.node_within(_JOIN_WAIT_S), heartbeat_s=config.swarm.heartbeat, join=self._join,
         )  # fmt: skip
         chats = ChatServer(seal_keys, offering.provider)
-        objects = ObjectServer(has.library.small_object)
-        routes = [*Ping(self._node).routes(), *gossip.routes(), *chats.routes(), *objects.routes()]
-        api = PeerApi(routes)
+        objects = ObjectServer(has.library.small_object, self._membership)
+        routes = [*Ping(self._node, self._membership).routes(), *gossip.routes(), *chats.routes(), *objects.routes()]
+        api = PeerApi(routes, membership=self._membership)
         hosts = [config.swarm.host]
         self._ports = await stack.enter_async_context(api.listening(hosts, config.swarm.port))
         self._gossip = gossip
@@ -278,7 +290,8 @@ class _Daemon:
         transfers = Transfers(has.ledger)
         stack.push_async_callback(transfers.close)
         publisher = Publisher(has.store, has.library, self._key)
-        resolver = Resolver(Objects(self._ipfs, voice.ways, voice.http), voice.peers, has.trust, self._ipfs, config.ipfs.enabled)
+        asked = Objects(self._ipfs, voice.ways, voice.http, self._membership)
+        resolver = Resolver(asked, voice.peers, has.trust, self._ipfs, config.ipfs.enabled)
         patience = Patience(config.transfer.stall, config.transfer.give_up)
         sources = Sources(self._ipfs, config.ipfs.enabled, RateLimit(config.transfer.download_rate), patience)
         puller = Puller(has.store, has.library, resolver, publisher, has.torrents, sources)
