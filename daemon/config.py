@@ -58,8 +58,12 @@ class Torrent:
 
 @dataclass(frozen=True, slots=True)
 class Swarm:
-    host: str = "127.0.0.1"  # address of the door for other nodes; announced as a direct URL when others can reach it
-    port: int = 0
+    open: bool = False  # whether strangers on the internet may reach the peer API directly; it changes nothing in lan and loopback
+    host: str = ""  # address of the peer API; empty: all addresses in lan and where it is open, else 127.0.0.1
+    port: int = 8788  # TCP port of the peer API; 0 picks a free one, which is the default in lan and loopback
+    relay: str = "auto"  # whether to carry sealed frames for nodes that ask for it: auto (where others reach this node), on or off
+    relay_bytes: bool = False  # whether to carry the bytes of models for them, too
+    rendezvous: bool = True  # whether to be found on the DHTs by the codes of the models that are shared
     join: tuple[str, ...] = ()  # addresses of nodes to know from the start, separated by spaces
     heartbeat: int = 60  # seconds between announcements when nothing changes
     name: str = ""  # of a closed swarm; empty: the open one
@@ -97,8 +101,11 @@ class Config:
     engine: Engine = field(default_factory=Engine)
 
 
-# On one machine with several nodes nobody can own a port.
-_LOOPBACK_PORTS = {"api.port": 0, "ipfs.port": 0, "torrent.port": 0}
+# On one machine with several nodes nobody can own a port, and in a LAN nobody needs to know that of the peer API.
+_PORTS = {
+    "loopback": {"api.port": 0, "ipfs.port": 0, "torrent.port": 0, "swarm.port": 0},
+    "lan": {"swarm.port": 0},
+}
 _SECRETS = {"swarm.secret"}  # no message repeats them
 _SECTIONS: dict[str, type] = {
     "api": Api,
@@ -129,8 +136,7 @@ def load(home: Path, environ: Mapping[str, str] | None = None, flags: Mapping[st
     network = values.get("network", "public")
     if network not in ("public", "lan", "loopback"):
         raise UsageError("network", f"{network!r} is not a network", "use public, lan or loopback")
-    if network == "loopback":
-        values = {**_LOOPBACK_PORTS, **values}
+    values = {**_PORTS.get(network, {}), **values}
     sections = {
         section: cls(**{n.partition(".")[2]: v for n, v in values.items() if n.startswith(section + ".")})
         for section, cls in _SECTIONS.items()
@@ -263,5 +269,7 @@ def _check(config: Config) -> None:
     if config.engine.slots < 1 or config.engine.context < 64 or config.engine.batch < 64:
         why = "needs at least one slot, and 64 tokens of context and batch"
         raise UsageError("engine", why, "raise engine.slots, engine.context or engine.batch")
-    if config.network == "loopback" and config.swarm.host != "127.0.0.1":
+    if config.swarm.relay not in ("auto", "on", "off"):
+        raise UsageError("swarm.relay", f"{config.swarm.relay!r} is none of the choices", "use auto, on or off")
+    if config.network == "loopback" and config.swarm.host not in ("", "127.0.0.1"):
         raise UsageError("swarm.host", "a loopback node listens on 127.0.0.1 only", "remove swarm.host or set network")

@@ -26,7 +26,6 @@ from registry import membership as rules
 from registry.errors import Malformed, NotVerified, Stale
 
 ASKED = "Swarm-Asked"  # header between a caller and the middleware: the node key that is asked; it never leaves this process
-OVERHEAD = rules.SEAL_OVERHEAD  # bytes that a sealed body may have more than what is in it
 NONCES_LIMIT = 1 << 16
 _SLICE_MS = 10_000
 _BEARER = "Bearer "
@@ -39,6 +38,7 @@ class Membership(Protocol):
     topic: str  # of pubsub
     protocol: str  # of libp2p streams that lead to the peer API
     fingerprint: str  # differs between two swarms
+    overhead: int  # bytes that a sealed body has more than what is in it
 
     def rendezvous_key(self, what: str) -> bytes:
         """20 bytes for the BitTorrent DHT; `what` is `swarm` or `code:` with 7 characters. Raises `Malformed`."""
@@ -49,7 +49,7 @@ class Membership(Protocol):
         ...
 
     def seal(self, data: bytes, what: str) -> bytes:
-        """`data` as it goes over the wire, at most `OVERHEAD` bytes longer. `what` says what it is."""
+        """`data` as it goes over the wire, `overhead` bytes longer. `what` says what it is."""
         ...
 
     def open(self, data: bytes, what: str, *, limit: int) -> bytes:
@@ -103,6 +103,7 @@ class OpenSwarm:
     topic = rules.OPEN_TOPIC
     protocol = rules.OPEN_PROTOCOL
     fingerprint = "open"
+    overhead = 0
 
     def rendezvous_key(self, what: str) -> bytes:
         return rules.open_key(what)
@@ -131,6 +132,8 @@ class OpenSwarm:
 
 class ClosedSwarm:
     """That of those who have the secret. A `Membership`."""
+
+    overhead = rules.SEAL_OVERHEAD
 
     def __init__(self, keys: rules.SwarmKeys, *, node: str, clock: Callable[[], float]) -> None:
         self.topic = keys.topic

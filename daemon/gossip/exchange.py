@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import aiohttp
 
 from daemon.errors import Unserved, VerificationError
-from daemon.membership import OVERHEAD, Membership
+from daemon.membership import Membership
 from daemon.peerapi.ways import CONNECT_S, Way
 from registry import announcement as rules
 from registry import strictjson
@@ -84,7 +84,7 @@ async def post(
         ) as response:
             if response.status != 200:
                 raise Unserved("peer", f"its peer API answered {response.status}")
-            data = await _bounded(response)
+            data = await _bounded(response, BODY_LIMIT + membership.overhead)
     except (aiohttp.ClientError, ConnectionError) as error:
         raise Unserved("peer", "nothing answers there") from error
     except TimeoutError as error:
@@ -95,10 +95,10 @@ async def post(
         raise VerificationError("peer", str(error)) from error
 
 
-async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
     data = bytearray()
     async for piece in response.content.iter_any():
         data += piece
-        if len(data) > BODY_LIMIT + OVERHEAD:
+        if len(data) > limit:
             raise VerificationError("peer", "it sent more than an exchange may have")
     return bytes(data)

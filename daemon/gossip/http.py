@@ -22,7 +22,7 @@ from daemon.gossip.ear import Ear
 from daemon.gossip.meeting import Meeting
 from daemon.gossip.pages import OwnPages
 from daemon.gossip.peers import PeerTable
-from daemon.membership import OVERHEAD, Membership
+from daemon.membership import Membership
 from daemon.peerapi.limits import Limits
 from daemon.peerapi.server import Route, read_body, source_of
 from daemon.supervise import Supervisor
@@ -101,7 +101,8 @@ class Http:
         if not self._exchanges.take(source):
             raise Busy("announcements", "they come too fast", "slow down")
         kind = self._membership.media_type(exchange.MEDIA_TYPE)
-        data = await read_body(request, exchange.BODY_LIMIT + OVERHEAD, kind)
+        limit = exchange.BODY_LIMIT + self._membership.overhead
+        data = await read_body(request, limit, kind)
         try:
             envelopes = exchange.parse(data, exchange.BROUGHT, self._membership)
         except (Malformed, NotVerified) as error:

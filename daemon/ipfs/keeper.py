@@ -61,6 +61,7 @@ class IpfsKeeper:
         self._running = replace(self._wanted, relays=())
         self._changed = asyncio.Event()
         self._changed.set()
+        self._begun = False
         self._started = -_LEAST_LIFE_S  # monotonic seconds of the last start that was asked for
         self.node: IpfsNode | None = None
         self.state: State = "starting" if config.ipfs.enabled else "off"
@@ -95,7 +96,11 @@ class IpfsKeeper:
         and 20 s after the last such start at the earliest; `on_gone` and `on_ready` are called around it. Relays that do not
         answer are left out. In a closed network, and of a node that somebody else runs, nothing changes.
         """
+        if reach == self._wanted:
+            return
         self._wanted = reach
+        if not self._begun:
+            self._running = replace(reach, relays=())
         self._changed.set()
 
     @property
@@ -108,6 +113,7 @@ class IpfsKeeper:
         return self._process.pid if self._process is not None else None
 
     async def run(self) -> None:
+        self._begun = True
         pause = _FIRST_PAUSE_S
         while True:
             began = time.monotonic()

@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import aiohttp
-import psutil
 
 from daemon.errors import SwarmError
+from daemon.membership import Membership
+from daemon.network import global_address, own_addresses
 from daemon.peerapi import dialback
 from daemon.peerapi.ways import NEVER, Ways
 from registry import ranges
@@ -43,6 +44,7 @@ class Reachability:
         own: str,
         ways: Ways,
         http: aiohttp.ClientSession,
+        membership: Membership,
         *,
         ports: Callable[[], Mapping[str, int]],
         judges: Callable[[], Sequence[Peer]],
@@ -55,6 +57,7 @@ class Reachability:
         self._own = own
         self._ways = ways
         self._http = http
+        self._membership = membership
         self._ports = ports
         self._judges = judges
         self._on_change = on_change
@@ -100,7 +103,9 @@ class Reachability:
 
     async def _ask(self, peer: Peer) -> tuple[dialback.Verdict, int | None]:
         async with self._ways.to(peer, via=NEVER) as way:
-            return await dialback.ask(self._http, way, self._own, self._ports())
+            return await dialback.ask(
+                self._http, way, self._own, self._ports(), membership=self._membership
+            )
 
     def _judge(self, verdicts: Sequence[tuple[dialback.Verdict, int | None]]) -> None:
         reached = frozenset[str]().union(*(verdict.reached for verdict, _ in verdicts))
@@ -121,22 +126,6 @@ class Reachability:
         if (self.state, self.reached, self.external) != before:
             _log.info("reachability: %s (%s)", state, ", ".join(sorted(reached)) or "nothing")
             self._on_change()
-
-
-def own_addresses() -> frozenset[str]:
-    """The IP addresses of this machine's interfaces, without zones."""
-    found = psutil.net_if_addrs().values()
-    addresses = (entry.address.partition("%")[0] for entries in found for entry in entries)
-    return frozenset(address for address in addresses if ranges.is_address(address))
-
-
-def global_address() -> str | None:
-    """An IPv4 address of this machine that the internet could reach; None behind a NAT.
-
-    IPv6 says nothing here: most homes have global IPv6 addresses behind a firewall.
-    """
-    found = sorted(one for one in own_addresses() if ":" not in one)
-    return next((one for one in found if ranges.allows("public", one)), None)
 
 
 def _nat(verdicts: Sequence[tuple[dialback.Verdict, int | None]], before: Nat) -> Nat:

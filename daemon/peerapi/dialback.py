@@ -19,9 +19,10 @@ import aiohttp
 from aiohttp import web
 
 from daemon.buckets import Buckets
+from daemon.config import Network
 from daemon.errors import Busy, SwarmError, Unserved, UsageError, VerificationError
 from daemon.ipfs.interface import IpfsNode
-from daemon.membership import OVERHEAD, Membership
+from daemon.membership import Membership
 from daemon.peerapi.ping import ping
 from daemon.peerapi.server import Route, read_body, source_of
 from daemon.peerapi.ways import Way
@@ -51,7 +52,7 @@ class DialBack:
 
     def __init__(
         self,
-        network: str,
+        network: Network,
         ipfs: Callable[[], IpfsNode | None],
         http: aiohttp.ClientSession,
         membership: Membership,
@@ -70,7 +71,7 @@ class DialBack:
         if not self._rate.take(source):
             raise Busy("dial-back", "it was asked for too often", "try again in a minute")
         kind = self._membership.media_type("application/json")
-        data = await read_body(request, _LIMIT + OVERHEAD, kind)
+        data = await read_body(request, _LIMIT + self._membership.overhead, kind)
         node, ports = _parse(data, self._membership)
         address = await self._address_of(source)
         reached: list[str] = []
@@ -151,7 +152,7 @@ async def ask(
         ) as response:
             transport = response.connection.transport if response.connection else None
             local = transport.get_extra_info("sockname") if transport else None
-            data = await response.content.read(_LIMIT + OVERHEAD + 1)
+            data = await response.content.read(_LIMIT + membership.overhead + 1)
             if response.status != 200:
                 raise Unserved("dial-back", f"a node answered {response.status}")
     except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:

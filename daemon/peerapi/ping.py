@@ -8,7 +8,7 @@ import aiohttp
 from aiohttp import web
 
 from daemon.errors import Unserved, VerificationError
-from daemon.membership import ASKED, OVERHEAD, Membership
+from daemon.membership import ASKED, Membership
 from daemon.peerapi.server import Route
 from registry import strictjson
 from registry.errors import Malformed, NotVerified
@@ -55,7 +55,7 @@ async def ping(
         ) as response:
             if response.status != 200:
                 raise Unserved("peer", f"its peer API answered {response.status}")
-            data = await response.content.read(_LIMIT + OVERHEAD + 1)
+            data = await response.content.read(_LIMIT + membership.overhead + 1)
     except (aiohttp.ClientError, ConnectionError) as error:
         raise Unserved("peer", "nothing answers there") from error
     except TimeoutError as error:

@@ -46,7 +46,7 @@ class Ports:
 
 
 class PeerApi:
-    """The server of `routes`. `allowed` says which IP addresses may come straight to its port."""
+    """The server of `routes`. `allowed` says which IP addresses may come straight to its port, `on_direct` is told of each."""
 
     def __init__(
         self,
@@ -55,9 +55,10 @@ class PeerApi:
         membership: Membership,
         limits: Limits | None = None,
         allowed: Callable[[str], bool] = lambda address: True,
+        on_direct: Callable[[str], None] = lambda address: None,
     ) -> None:
         self._limits = limits or Limits()
-        self._connections = Connections(self._limits, allowed)
+        self._connections = Connections(self._limits, allowed, on_direct)
         self._app = web.Application(
             middlewares=[_members_only, _errors], client_max_size=BODY_LIMIT
         )

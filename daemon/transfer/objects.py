@@ -15,7 +15,7 @@ from aiohttp import web
 from daemon.buckets import Buckets
 from daemon.errors import Busy, NotFound, SwarmError, Unserved, UsageError, VerificationError
 from daemon.ipfs.interface import IpfsNode
-from daemon.membership import OVERHEAD, Membership
+from daemon.membership import Membership
 from daemon.peerapi.limits import Limits
 from daemon.peerapi.server import Route, source_of
 from daemon.peerapi.ways import Ways
@@ -90,7 +90,7 @@ class Objects:
         ):
             if response.status != 200:
                 raise Unserved(cid, f"a node answered {response.status}")
-            most = limit + OVERHEAD
+            most = limit + self._membership.overhead
             data = await response.content.read(most + 1)
             while len(data) <= most and (more := await response.content.read(most + 1 - len(data))):
                 data += more

@@ -134,7 +134,10 @@ async def swarm_node(
     limits: Limits | None = None,
     membership: Membership | None = None,
 ) -> AsyncIterator[Node]:
-    """One node, of the open swarm unless `membership` is another (made for the same `key`). `kubo` is the binary, None leaves IPFS off; without `direct` no URL of its peer API is announced."""
+    """One node, of the open swarm unless `membership` is another, made for the same `key`.
+
+    `kubo` is the binary, None leaves IPFS off; without `direct` no URL of its peer API is announced.
+    """
     key = key or Ed25519PrivateKey.generate()
     membership = membership or OpenSwarm()
     name = key_name(key)

@@ -62,7 +62,6 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path)
     assert (config.api.port, load(tmp_path, {"SWARMCTL_NETWORK": "loopback"}).api.port) == (8787, 0)
 
 
-<<<<<<< HEAD
 def test_no_bootstrap_is_not_the_default_one(tmp_path: Path) -> None:
     assert load(tmp_path, {}).ipfs.bootstrap == PUBLIC_BOOTSTRAP
     assert load(tmp_path, {"SWARMCTL_IPFS_BOOTSTRAP": ""}).ipfs.bootstrap == ()
@@ -71,7 +70,8 @@ def test_no_bootstrap_is_not_the_default_one(tmp_path: Path) -> None:
     assert load(tmp_path, {}).ipfs.bootstrap == ()
     one = PUBLIC_BOOTSTRAP[0]
     assert load(tmp_path, {"SWARMCTL_IPFS_BOOTSTRAP": one}).ipfs.bootstrap == (one,)
-=======
+
+
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
@@ -113,4 +113,3 @@ def test_hosts_and_ports() -> None:
     assert host_port(DHT_BOOTSTRAP[0]) == ("dht.libtorrent.org", 25401)
     assert host_port("[2001:db8::1]:6881") == ("2001:db8::1", 6881)
     assert host_port("192.0.2.1:1") == ("192.0.2.1", 1)
->>>>>>> torrent
