@@ -89,6 +89,7 @@ class Node:
     seal_keys: SealKeys
     http: aiohttp.ClientSession
     ways: Ways
+    membership: Membership
     url: str
     held: list[Offer]
     served: dict[str, Provider]
@@ -204,7 +205,7 @@ async def swarm_node(
         )
         url = f"http://127.0.0.1:{ports.direct}"
         answers = Answers(table, local, lambda: node.held, ways=ways, http=http, clock=clock)
-        node = Node(name, gossip, table, answers, seal_keys, http, ways, url, [], {}, supervisor)
+        node = Node(name, gossip, table, answers, seal_keys, http, ways, membership, url, [], {}, supervisor)
         await gossip.start(ports.streams)
         stack.push_async_callback(gossip.close)
         if kubo is not None:
