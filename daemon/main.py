@@ -26,32 +26,32 @@ import aiohttp
 
 from daemon import config as settings
 from daemon import network
+from daemon.answering.answers import Answers
+from daemon.answering.offering import Offering
+from daemon.answering.serving import Serving
+from daemon.answering.upstreams import Upstreams
 from daemon.api.app import create_app
 from daemon.api.server import open_api
 from daemon.api.services import Services
 from daemon.api.sessions import Sessions
-from daemon.config import Config
+from daemon.config import Config, host_port
 from daemon.engine.host import EngineHost
 from daemon.errors import SwarmError, UsageError
+from daemon.gossip.peers import PeerTable
 from daemon.home import Home
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.keeper import IpfsKeeper
 from daemon.ledger import LedgerThread
-from daemon.status import Status
+from daemon.node.connectivity import Connectivity
+from daemon.node.status import Status
+from daemon.peerapi.server import PeerApi
+from daemon.peerchat.seal import SealKeys
+from daemon.peerchat.server import ChatServer
 from daemon.supervise import Supervisor
-from daemon.swarm.announce import Announcer
-from daemon.swarm.answers import Answers
-from daemon.swarm.door import create_door, open_door
-from daemon.swarm.offering import Offering
-from daemon.swarm.peers import PeerTable
-from daemon.swarm.relay import ChatServer
-from daemon.swarm.seal import SealKeys
-from daemon.swarm.serving import Serving
-from daemon.swarm.upstreams import Upstreams
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Patience, Sources
 from daemon.transfer.library import Library
-from daemon.transfer.objects import Objects
+from daemon.transfer.objects import Objects, ObjectServer
 from daemon.transfer.publish import Publisher
 from daemon.transfer.pull import Puller
 from daemon.transfer.resolve import Resolver
@@ -69,6 +69,7 @@ from registry.records import Address
 log = logging.getLogger("daemon")
 
 _IPFS_WAIT_S = 2.0  # how long being ready may wait for IPFS, which may come later as well
+_JOIN_WAIT_S = 20.0  # how long a join waits for IPFS to come up
 _LAST_ANSWERS_S = 0.5  # how long a stop waits for answers under way
 _PINS_S = 60.0  # between two looks at what IPFS has pinned
 _LOOK_S = 5.0  # between two looks at the files of the models
@@ -141,7 +142,7 @@ class _Voice:
     offering: Offering
     peers: PeerTable
     answers: Answers
-    announcer: Announcer
+    connectivity: Connectivity
 
 
 class _Daemon:
@@ -156,8 +157,9 @@ class _Daemon:
         self._started = utc_now()
         self._join = [_address(text) for text in config.swarm.join]
         self._stop = asyncio.Event()
-        self._announcer: Announcer | None = None
-        self._keeper = IpfsKeeper(config, self._ipfs_ready, self._ipfs_gone)
+        self._connectivity: Connectivity | None = None
+        self._busy: Callable[[], bool] = lambda: False
+        self._keeper = IpfsKeeper(config, self._ipfs_ready, self._ipfs_gone, busy=lambda: self._busy())
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -179,16 +181,16 @@ class _Daemon:
         return self._keeper.node
 
     async def _ipfs_ready(self, node: IpfsNode) -> None:
-        if self._announcer is not None:
-            await self._announcer.on_ipfs_ready(node)
+        if self._connectivity is not None:
+            await self._connectivity.on_ipfs_ready(node)
 
     async def _ipfs_gone(self) -> None:
-        if self._announcer is not None:
-            await self._announcer.on_ipfs_gone()
+        if self._connectivity is not None:
+            await self._connectivity.on_ipfs_gone()
 
     def _changed(self) -> None:
-        if self._announcer is not None:
-            self._announcer.changed()
+        if self._connectivity is not None:
+            self._connectivity.gossip.changed()
 
     # -- the parts, in order ----------------------------------------------------------------------------------------
 
@@ -203,7 +205,12 @@ class _Daemon:
         torrents = None
         if config.torrent.enabled:
             torrents = TorrentSession(
-                config.network, config.torrent.port, download_rate=config.transfer.download_rate, upload_rate=config.transfer.upload_rate
+                config.network,
+                config.torrent.port,
+                download_rate=config.transfer.download_rate,
+                upload_rate=config.transfer.upload_rate,
+                dht_bootstrap=[host_port(entry) for entry in config.torrent.dht_bootstrap],
+                dht_state=config.home / "torrents" / "dht.state",
             )
             await torrents.start()
             stack.push_async_callback(torrents.close)
@@ -224,41 +231,44 @@ class _Daemon:
         offering = Offering(self._node, has.library, serving, upstreams, has.torrents)
         peers = PeerTable(has.ledger, own=self._node, clock=time.time, standing=has.trust.standing)
         await peers.open()
-        answers = Answers(peers, offering.askable, offering.offers, ipfs=self._ipfs, http=http, clock=time.time)
-        seal_keys = SealKeys(self._node, time.time)
-        door = create_door(
-            announcements=lambda envelopes: announcer.exchange(envelopes),
-            chats=ChatServer(seal_keys, offering.served),
-            object_bytes=has.library.small_object,
-        )
-        door_port = await stack.enter_async_context(open_door(door, config.swarm.host, config.swarm.port))
         supervisor = Supervisor(close_s=_STOP_S)
         stack.push_async_callback(supervisor.close)
-        announcer = Announcer(
+        seal_keys = SealKeys(self._node, time.time)
+        connectivity = Connectivity(
+            config,
             self._key,
-            table=peers,
             ledger=has.ledger,
+            table=peers,
+            keeper=self._keeper,
+            torrents=has.torrents,
             supervisor=supervisor,
+            http=http,
             seal_keys=seal_keys,
             describe=offering.describe,
-            bittorrent=lambda: network.bittorrent_addresses(config.network, has.torrents.port) if has.torrents is not None else (),
-            door_port=door_port,
-            door_urls=network.door_urls(config.network, config.swarm.host, door_port),
-            http=http,
-            clock=time.time,
-            heartbeat_s=config.swarm.heartbeat,
             join=self._join,
         )
-        self._announcer = announcer
-        stack.push_async_callback(announcer.close)
-        return _Voice(http, supervisor, serving, upstreams, offering, peers, answers, announcer)
+        ways = connectivity.ways
+        answers = Answers(peers, offering.askable, offering.offers, ways=ways, http=http, clock=time.time)
+        chats = ChatServer(seal_keys, offering.provider)
+        self._busy = lambda: chats.answering > 0 or ways.answering
+        objects = ObjectServer(has.library.small_object)
+        api = PeerApi(
+            [*connectivity.routes(), *chats.routes(), *objects.routes()],
+            allowed=partial(network.may_come, config),
+            on_direct=connectivity.came,
+        )
+        connectivity.ports = await stack.enter_async_context(api.listening(network.hosts(config), network.port(config)))
+        self._connectivity = connectivity
+        stack.push_async_callback(connectivity.close)
+        return _Voice(http, supervisor, serving, upstreams, offering, peers, answers, connectivity)
 
     async def _transfers(self, stack: AsyncExitStack, has: _Holdings, voice: _Voice) -> tuple[Transfers, Puller, Publisher]:
         config = self._config
         transfers = Transfers(has.ledger)
         stack.push_async_callback(transfers.close)
         publisher = Publisher(has.store, has.library, self._key)
-        resolver = Resolver(Objects(self._ipfs, voice.http), voice.peers, has.trust, self._ipfs, config.ipfs.enabled)
+        objects = Objects(self._ipfs, voice.connectivity.ways, voice.http)
+        resolver = Resolver(objects, voice.peers, has.trust, self._ipfs, config.ipfs.enabled)
         patience = Patience(config.transfer.stall, config.transfer.give_up)
         sources = Sources(self._ipfs, config.ipfs.enabled, RateLimit(config.transfer.download_rate), patience)
         puller = Puller(has.store, has.library, resolver, publisher, has.torrents, sources)
@@ -267,7 +277,7 @@ class _Daemon:
     async def _start(self, voice: _Voice, has: _Holdings) -> None:
         """Begin to speak. IPFS may be away, now or later: the node lives without it."""
         await voice.serving.open()
-        await voice.announcer.start()
+        await voice.connectivity.start()
         for blake3 in has.strays:
             voice.supervisor.run(f"identify {blake3[:12]}", partial(has.library.identify_again, blake3), restart=False)
         voice.supervisor.run("changes", lambda: self._keep_sound(voice, has.library), restart=True)
@@ -314,12 +324,12 @@ class _Daemon:
 
         status = Status(
             config, version("swarmctl"), self._started, self._keeper, has.torrents, has.library, transfers, voice.serving,
-            voice.upstreams, voice.announcer, voice.supervisor,
+            voice.upstreams, voice.connectivity, voice.supervisor,
         )  # fmt: skip
         services = Services(
             library=has.library, pull=pull, publish=publish, transfers=transfers, serving=voice.serving,
             upstreams=voice.upstreams, peers=voice.peers, own_offers=voice.offering.offers,
-            announcer=voice.announcer, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,
+            gossip=voice.connectivity, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,
         )  # fmt: skip
         app, host = create_app(services, self._home.token(), Sessions(config.api.session_timeout, time.time)), config.api.host
         port = await stack.enter_async_context(open_api(app, host, config.api.port, last_answers_s=_LAST_ANSWERS_S))

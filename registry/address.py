@@ -1,4 +1,4 @@
-"""A node's address as people hand it on: `swarmctl://<64 hex of the node key>/ipfs=MULTIADDR,bt=HOST:PORT,http=URL`.
+"""A node's address as people hand it on: `swarmctl://<64 hex of the node key>/ipfs=MULTIADDR,bt=HOST:PORT,http=URL,relay=HEX@URL`.
 
 Every part of a node that is on has its own fields, each repeatable, so that `join` works with IPFS off. A bare multiaddr
 that ends in /p2p/ID is taken too; its node key is then not known (`node` is empty). No character means anything to a shell, so
@@ -20,14 +20,26 @@ from registry.records import Address
 SCHEME = "swarmctl://"
 MAX_ADDRESS = 8192  # characters
 
-_MAX_FIELDS = 3 * MAX_ENDPOINTS
+_MAX_FIELDS = 3 * MAX_ENDPOINTS + endpoints.MAX_RELAYS
 _ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+# The name of each kind of endpoint in an address, the field of `Address` that holds them, and what checks one of them.
+_KINDS: dict[str, tuple[str, Callable[[str], str]]] = {
+    "ipfs": ("ipfs", endpoints.multiaddr),
+    "bt": ("bittorrent", endpoints.host_port),
+    "http": ("http", endpoints.base_url),
+    "relay": ("relays", endpoints.relay_point),
+}
 
 
 def format_address(address: Address) -> str:
     """The address as one line without spaces; at most `MAX_ENDPOINTS` of each kind are written."""
-    kinds = (("ipfs", address.ipfs), ("bt", address.bittorrent), ("http", address.http))
-    fields = [f"{kind}={quote(value, safe='/:')}" for kind, values in kinds for value in values[:MAX_ENDPOINTS]]
+    fields = [
+        f"{kind}={quote(value, safe='/:@')}"
+        for kind, (field, _) in _KINDS.items()
+        for value in getattr(address, field)[: most(field)]
+    ]
     return f"{SCHEME}{address.node.removeprefix('ed25519:')}" + ("/" + ",".join(fields) if fields else "")
 
 
@@ -42,40 +54,35 @@ def parse_address(text: str) -> Address:
         raise Malformed(f"not a node's address: {shown(text)}; one begins with {SCHEME} or is a multiaddr")
     key, *query = re.split("[/?]", text.removeprefix(SCHEME), maxsplit=1)
     node = check_key("ed25519:" + key.lower())
-    found: dict[str, list[str]] = {"ipfs": [], "bt": [], "http": []}
+    found: dict[str, list[str]] = {kind: [] for kind in _KINDS}
     for kind, value in _fields("".join(query)):
         if kind not in found:
             raise Malformed(f"the address has an unknown part {shown(kind)}")
         found[kind].append(value)
-    address = Address(node, tuple(found["ipfs"]), tuple(found["bt"]), tuple(found["http"]))
-    return check_endpoints(address)
+    return check_endpoints(Address(node, **{field: tuple(found[kind]) for kind, (field, _) in _KINDS.items()}))
 
 
 def check_endpoints(address: Address) -> Address:
     """The address with every endpoint in its one spelling. Raises `Malformed` for one that is wrong, twice there or one too many."""
-    for values in (address.ipfs, address.bittorrent, address.http):
-        if len(values) > MAX_ENDPOINTS:
-            raise Malformed(f"more than {MAX_ENDPOINTS} endpoints of one kind")
-    checked = Address(
-        address.node,
-        tuple(endpoints.multiaddr(value) for value in address.ipfs),
-        tuple(endpoints.host_port(value) for value in address.bittorrent),
-        tuple(endpoints.base_url(value) for value in address.http),
-    )
-    for values in (checked.ipfs, checked.bittorrent, checked.http):
-        if len(set(values)) != len(values):
+    checked: dict[str, tuple[str, ...]] = {}
+    for field, parse in _KINDS.values():
+        values = getattr(address, field)
+        if len(values) > most(field):
+            raise Malformed(f"more than {most(field)} endpoints of one kind")
+        checked[field] = tuple(parse(value) for value in values)
+        if len(set(checked[field])) != len(values):
             raise Malformed("an endpoint is there twice")
-    return checked
+    return Address(address.node, **checked)
 
 
 def usable(address: Address) -> Address:
     """The address without the endpoints that no other node would take; for what the backends say about themselves."""
-    return Address(
-        address.node,
-        _parsing(endpoints.multiaddr, address.ipfs),
-        _parsing(endpoints.host_port, address.bittorrent),
-        _parsing(endpoints.base_url, address.http),
-    )
+    return Address(address.node, **{field: _parsing(parse, getattr(address, field)) for field, parse in _KINDS.values()})
+
+
+def most(field: str) -> int:
+    """How many endpoints an address may have in that field of `Address`."""
+    return endpoints.MAX_RELAYS if field == "relays" else MAX_ENDPOINTS
 
 
 def _parsing(parse: Callable[[str], str], values: tuple[str, ...]) -> tuple[str, ...]:

@@ -39,6 +39,8 @@ MAX_COUNT = 1_000_000  # seeders or peers
 MAX_SLOTS = 1024
 MAX_TOKENS_PER_SECOND = 1_000_000.0
 
+_ENDPOINTS = ("ipfs", "bittorrent", "http", "relays")  # of an address
+
 # JSON around the payload: the envelope of an empty payload has 326 bytes, base64 adds a third.
 _ENVELOPE_OVERHEAD = 340
 
@@ -52,12 +54,13 @@ def build(announcement: Announcement) -> bytes:
         "peer_id": announcement.peer_id,
         "sequence": announcement.sequence,
         "expires": announcement.expires,
-        "address": _filled({"ipfs": list(address.ipfs), "bittorrent": list(address.bittorrent), "http": list(address.http)}),
+        "address": _filled({field: list(getattr(address, field)) for field in _ENDPOINTS}),
         "seal_keys": [{"key_id": key.key_id, "public": key.public, "expires": key.expires} for key in announcement.seal_keys],
         "offers": [_offer_fields(offer) for offer in announcement.offers],
         "page": announcement.page,
         "pages": announcement.pages,
         "hello": announcement.hello,
+        "relay": announcement.relay,
     }
     payload = strictjson.dumps(_filled(fields))
     parse(payload)
@@ -128,6 +131,7 @@ def parse(payload: bytes) -> Announcement:
         page=whole({"page": 0, **fields}, "page", 0, page_count - 1),
         pages=page_count,
         hello=_flag(fields, "hello"),
+        relay=_flag(fields, "relay"),
     )
 
 
@@ -173,7 +177,7 @@ def _offer(node: str, fields: dict[str, Any]) -> Offer:
 def _address(node: str, peer_id: str | None, fields: Any) -> Address:
     if not isinstance(fields, dict):
         raise Malformed("address must be an object")
-    address = check_endpoints(Address(node, _texts(fields, "ipfs"), _texts(fields, "bittorrent"), _texts(fields, "http")))
+    address = check_endpoints(Address(node, **{field: _texts(fields, field) for field in _ENDPOINTS}))
     # Otherwise a node could send everybody's dials to a stranger.
     if any(endpoints.peer_of(multiaddr) != peer_id for multiaddr in address.ipfs):
         raise Malformed("a multiaddr leads to another peer than the node")
@@ -238,7 +242,7 @@ def _shortened(base: Announcement, limit: int) -> Announcement:
     address = usable(base.address)
     address = replace(address, ipfs=tuple(value for value in address.ipfs if endpoints.peer_of(value) == base.peer_id))
     for most in range(endpoints.MAX_ENDPOINTS, -1, -1):
-        address = Address(address.node, address.ipfs[:most], address.bittorrent[:most], address.http[:most])
+        address = Address(address.node, **{field: getattr(address, field)[:most] for field in _ENDPOINTS})
         base = replace(base, address=address)
         if _size(base) <= _payload_limit(limit) // 2:
             return base

@@ -11,13 +11,16 @@ import re
 from urllib.parse import urlsplit
 
 from registry.errors import Malformed, shown
+from registry.records import Address
 
 MAX_ENDPOINTS = 16  # of one kind, per node
 MAX_HOST = 253  # RFC 1035
 MAX_MULTIADDR = 256
 MAX_URL = 2048
 MAX_BASE_URL = 256
+MAX_RELAYS = 4  # nodes that carry for one node
 
+_HEX64 = re.compile(r"[0-9a-f]{64}")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label like this makes the whole an IPv4 address (WHATWG URL, 3.5)
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
@@ -119,6 +122,24 @@ def multiaddr(text: str) -> str:
 def peer_of(address: str) -> str:
     """The peer id at the end of a multiaddr."""
     return address.rpartition("/")[2]
+
+
+def relay_point(text: str) -> str:
+    """`<64 hex of the relay's node key>@ENDPOINT`, where ENDPOINT is the base URL of its peer API or a full multiaddr."""
+    key, at, endpoint = text.partition("@")
+    if not at or not _HEX64.fullmatch(key):
+        raise Malformed(f"not a relay: {shown(text)}")
+    checked = multiaddr(endpoint) if endpoint.startswith("/") else base_url(endpoint)
+    if "/p2p-circuit" in checked:
+        raise Malformed("a relay must be reached without another relay")
+    return f"{key}@{checked}"
+
+
+def relay_address(point: str) -> Address:
+    """The address of the node that a relay point names."""
+    key, _, endpoint = point.partition("@")
+    node = "ed25519:" + key
+    return Address(node, ipfs=(endpoint,)) if endpoint.startswith("/") else Address(node, http=(endpoint,))
 
 
 def _ip(text: str, version: int) -> str:

@@ -35,3 +35,8 @@ def m001_tables(db: Database) -> None:
     db.table("meta").create({"key": str, "value": str}, pk="key")
     db.table("peers").create_index(["expires"])
     db.table("offers").create_index(["expires"])
+
+
+@ledger()
+def m002_relays(db: Database) -> None:
+    db.table("peers").add_column("relay", int, not_null_default=0)

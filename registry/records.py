@@ -90,7 +90,8 @@ class Address:
     node: str  # "ed25519:<hex>"
     ipfs: tuple[str, ...] = ()  # multiaddrs with /p2p/ID
     bittorrent: tuple[str, ...] = ()  # host:port
-    http: tuple[str, ...] = ()  # base URLs of the peer door
+    http: tuple[str, ...] = ()  # base URLs of the peer API
+    relays: tuple[str, ...] = ()  # nodes that carry for this one: "<64 hex of the node key>@ENDPOINT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class Announcement:
     page: int = 0
     pages: int = 1
     hello: bool = False  # the sender is new and wants to be answered
+    relay: bool = False  # the sender carries for nodes that ask it to
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +121,4 @@ class Peer:
     sequence: int
     expires: int
     seal_keys: tuple[SealKey, ...] = field(default=())
+    relay: bool = False  # it carries for nodes that ask it to

@@ -287,22 +287,24 @@ def _peer_row(peer: Peer) -> Row:
     return {
         "node": peer.node,
         "peer_id": peer.peer_id,
-        "address": json.dumps([address.node, address.ipfs, address.bittorrent, address.http]),
+        "address": json.dumps(asdict(address)),
         "sequence": peer.sequence,
         "expires": peer.expires,
         "seal_keys": json.dumps([(key.key_id, key.public, key.expires) for key in peer.seal_keys]),
+        "relay": int(peer.relay),
     }
 
 
 def _peer(row: Row) -> Peer:
-    node, ipfs, bittorrent, http = json.loads(row["address"])
+    address = json.loads(row["address"])
     return Peer(
         node=row["node"],
         peer_id=row["peer_id"],
-        address=Address(node, tuple(ipfs), tuple(bittorrent), tuple(http)),
+        address=Address(address.pop("node"), **{field: tuple(values) for field, values in address.items()}),
         sequence=row["sequence"],
         expires=row["expires"],
         seal_keys=tuple(SealKey(*key) for key in json.loads(row["seal_keys"])),
+        relay=bool(row["relay"]),
     )
 
 

@@ -109,7 +109,7 @@ class PeerTable(Protocol):
     def peer(self, node: str, /) -> Peer | None: ...
 
 
-class Announcer(Protocol):
+class Gossip(Protocol):
     async def join(self, address: Address, /) -> Peer: ...
     async def receive(self, envelope: bytes, /) -> Announcement: ...
 
@@ -172,7 +172,7 @@ class Services:
     upstreams: Upstreams
     peers: PeerTable
     own_offers: Callable[[], Sequence[Offer]]
-    announcer: Announcer
+    gossip: Gossip
     answers: Answers
     trust: TrustBook
     status: Callable[[], Awaitable[dict[str, Any]]]

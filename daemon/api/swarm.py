@@ -34,7 +34,7 @@ async def register(request: web.Request) -> web.StreamResponse:
     """Take an announcement; the envelope carries its own proof and its bytes are read by registry/announcement.py."""
     envelope = await body.read(request, ENVELOPE)
     try:
-        said = await services(request).announcer.receive(envelope)
+        said = await services(request).gossip.receive(envelope)
     except Malformed as error:
         raise UsageError("announcement", str(error), "send the envelope as its node made it") from error
     except NotVerified as error:
@@ -53,4 +53,4 @@ async def join(request: web.Request) -> web.StreamResponse:
     except Malformed as error:
         raise UsageError("address", str(error), "copy it from another node's `swarmctl status`") from error
     known = services(request)
-    return web.json_response(views.peer(known, await known.announcer.join(address)))
+    return web.json_response(views.peer(known, await known.gossip.join(address)))

@@ -62,12 +62,14 @@ class IpfsKeeper:
         self._running = replace(self._wanted, relays=())
         self._changed = asyncio.Event()
         self._changed.set()
+        self._begun = False
         self._started = -_LEAST_LIFE_S  # monotonic seconds of the last start that was asked for
         self.node: IpfsNode | None = None
         self.state: State = "starting" if config.ipfs.enabled else "off"
         self.reason = ""
         self.version = ""
         self._fresh = asyncio.Event()
+        self._up = asyncio.Event()  # set while `node` is there
         self.settled = asyncio.Event()  # ready, or failed for the first time
 
     async def next_node(self) -> IpfsNode:
@@ -78,6 +80,16 @@ class IpfsKeeper:
             return await self.next_node()
         return self.node
 
+    async def node_within(self, seconds: float) -> IpfsNode | None:
+        """The node, waiting for it as long as it is starting; None when there is none by then."""
+        if self.state != "off":
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._up.wait()
+            except TimeoutError:
+                pass
+        return self.node
+
     def want(self, reach: Reach) -> None:
         """From now on the node shall stand in the network like this.
 
@@ -85,7 +97,11 @@ class IpfsKeeper:
         and 20 s after the last such start at the earliest; `on_gone` and `on_ready` are called around it. Relays that do not
         answer are left out. In a closed network, and of a node that somebody else runs, nothing changes.
         """
+        if reach == self._wanted:
+            return
         self._wanted = reach
+        if not self._begun:
+            self._running = replace(reach, relays=())
         self._changed.set()
 
     @property
@@ -98,6 +114,7 @@ class IpfsKeeper:
         return self._process.pid if self._process is not None else None
 
     async def run(self) -> None:
+        self._begun = True
         pause = _FIRST_PAUSE_S
         while True:
             began = time.monotonic()
@@ -238,10 +255,12 @@ class IpfsKeeper:
         self.node, self.state, self.reason = node, "ready", ""
         self.settled.set()
         self._fresh.set()
+        self._up.set()
         await ended()
 
     async def _leave(self) -> None:
         was_ready, self.node = self.node is not None, None
+        self._up.clear()
         if was_ready:
             if self.state == "ready":
                 self.state, self.reason = "down", "it stopped answering"

@@ -17,7 +17,7 @@ from daemon.ipfs.interface import IpfsNode
 from daemon.torrent.download import Download
 from daemon.transfer.sources import IpfsSource, PieceSink, RateLimit, unwrap
 from daemon.transfer.transfers import Transfer
-from registry.records import Address
+from registry.records import Peer
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Wanted:
     what: str
     size: int  # bytes
     cid: str | None
-    holders: Callable[[], Sequence[Address]]
+    holders: Callable[[], Sequence[Peer]]
     peers: Callable[[], Sequence[tuple[str, int]]]
 
 
@@ -129,7 +129,7 @@ class Fetch:
     async def _connect(self, node: IpfsNode) -> None:
         """Bring IPFS to the nodes that are known to have the file; without a DHT nothing else would."""
         near = set(await node.peers())
-        far = [a for holder in self._wanted.holders() for a in holder.ipfs if a.rpartition("/p2p/")[2] not in near]
+        far = [a for holder in self._wanted.holders() for a in holder.address.ipfs if a.rpartition("/p2p/")[2] not in near]
         tries = (node.connect(address, deadline_s=_CONNECT_S) for address in far)
         for result in await asyncio.gather(*tries, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, SwarmError):

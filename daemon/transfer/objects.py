@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import aiohttp
+from aiohttp import web
 
-from daemon.errors import SwarmError, Unserved, VerificationError
+from daemon.buckets import Buckets
+from daemon.errors import Busy, NotFound, SwarmError, Unserved, UsageError, VerificationError
 from daemon.ipfs.interface import IpfsNode
-from registry.cid import UnixfsHasher
-from registry.records import Address
+from daemon.peerapi.limits import Limits
+from daemon.peerapi.server import Route, source_of
+from daemon.peerapi.ways import Ways
+from registry.cid import UnixfsHasher, parse_cid
+from registry.errors import Malformed
+from registry.records import Peer
 
 log = logging.getLogger(__name__)
 
 MANIFEST_LIMIT = 64 << 10  # bytes
 TORRENT_LIMIT = 32 << 20
 _DEADLINE_S = 15.0
-_HOLDERS = 8  # doors asked for one object
+_HOLDERS = 8  # nodes asked for one object
+_PATH = "/swarm/1/object/"
 
 
 def object_cid(data: bytes) -> str:
@@ -29,18 +38,22 @@ def object_cid(data: bytes) -> str:
 
 
 class Objects:
-    def __init__(self, ipfs: Callable[[], IpfsNode | None], session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, ipfs: Callable[[], IpfsNode | None], ways: Ways, session: aiohttp.ClientSession
+    ) -> None:
         self._ipfs = ipfs
+        self._ways = ways
         self._session = session
 
-    async def get(self, cid: str, holders: Sequence[Address], *, limit: int, deadline_s: float = _DEADLINE_S) -> bytes:
-        """The bytes that `cid` names, from IPFS and the holders' doors at once. Raises `Unserved` when nobody gives them."""
+    async def get(
+        self, cid: str, holders: Sequence[Peer], *, limit: int, deadline_s: float = _DEADLINE_S
+    ) -> bytes:
+        """The bytes that `cid` names, from IPFS and from the holders at once. Raises `Unserved` when nobody gives them."""
         asks: list[Coroutine[Any, Any, bytes]] = []
         node = self._ipfs()
         if node is not None:
             asks.append(node.read_bytes(cid, limit=limit, deadline_s=deadline_s))
-        urls = [url for holder in holders for url in holder.http][:_HOLDERS]
-        asks += [self._from_door(url, cid, limit) for url in urls]
+        asks += [self._from_peer(holder, cid, limit) for holder in holders[:_HOLDERS]]
         tasks = [asyncio.create_task(ask) for ask in asks]
         try:
             async with asyncio.timeout(deadline_s):
@@ -61,8 +74,11 @@ class Objects:
             await asyncio.gather(*tasks, return_exceptions=True)
         raise Unserved(cid, "nobody gave it", "join a node that has it and try again")
 
-    async def _from_door(self, url: str, cid: str, limit: int) -> bytes:
-        async with self._session.get(f"{url}/swarm/1/object/{cid}", allow_redirects=False) as response:
+    async def _from_peer(self, holder: Peer, cid: str, limit: int) -> bytes:
+        async with (
+            self._ways.to(holder) as way,
+            self._session.get(way.url + _PATH + cid, allow_redirects=False) as response,
+        ):
             if response.status != 200:
                 raise Unserved(cid, f"a node answered {response.status}")
             data = await response.content.read(limit + 1)
@@ -71,3 +87,31 @@ class Objects:
             if len(data) > limit:
                 raise VerificationError(cid, "the object is too large")
             return data
+
+
+class ObjectServer:
+    """Gives small objects of this node to others. `read` gives one by its canonical CID, or None."""
+
+    def __init__(
+        self, read: Callable[[str], Awaitable[bytes | None]], limits: Limits | None = None
+    ) -> None:
+        limits = limits or Limits()
+        self._read = read
+        self._rate = Buckets(
+            rate=limits.object_rate, burst=limits.object_burst, clock=time.monotonic
+        )
+
+    def routes(self) -> Sequence[Route]:
+        return [Route("GET", _PATH + "{cid}", self._give)]
+
+    async def _give(self, request: web.Request) -> web.Response:
+        if not self._rate.take(source_of(request)):
+            raise Busy("object", "requests come too fast", "slow down")
+        try:
+            cid = parse_cid(request.match_info["cid"]).canonical
+        except Malformed as error:
+            raise UsageError("object", str(error)) from error
+        data = await self._read(cid)
+        if data is None or len(data) > TORRENT_LIMIT:
+            raise NotFound("object", "this node does not have it")
+        return web.Response(body=io.BytesIO(data), content_type="application/octet-stream")

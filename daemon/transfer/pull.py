@@ -193,7 +193,7 @@ class Puller:
         )  # fmt: skip
 
     def _bittorrent_peers(self, plan: Plan) -> list[tuple[str, int]]:
-        named = [*plan.bittorrent, *(peer for holder in self._resolver.holders_of(plan) for peer in holder.bittorrent)]
+        named = [*plan.bittorrent, *(peer for holder in self._resolver.holders_of(plan) for peer in holder.address.bittorrent)]
         return [(host.strip("[]"), int(port)) for host, _, port in (peer.rpartition(":") for peer in dict.fromkeys(named))]
 
 

@@ -22,7 +22,7 @@ from daemon.transfer.objects import MANIFEST_LIMIT, TORRENT_LIMIT, Objects, obje
 from daemon.trust import TrustBook
 from registry import codes, envelope, manifest, refs, routing, upstream
 from registry.errors import Malformed, NotVerified
-from registry.records import Address, Identity, Offer, Peer, Trust
+from registry.records import Identity, Offer, Peer, Trust
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Plan:
     signed_by: str | None = None
     source: str | None = None
     torrent: bytes | None = None
-    holders: tuple[Address, ...] = ()
+    holders: tuple[Peer, ...] = ()
     bittorrent: tuple[str, ...] = ()  # host:port that the reference itself named
     file: Path | None = None  # a local file to take in
 
@@ -128,7 +128,7 @@ class Resolver:
         """What most nodes say comes first. Each offer stands for itself: a lie in one must not speak against the others' manifest."""
         if any(upstream.proven(offer) for offer in offers):
             raise UsageError(text, "nodes answer for it from an upstream, there is no file to fetch", "swarmctl ask asks it")
-        holders = self._addresses(offers)
+        holders = self._peers_of(offers)
         votes = Counter(_claim(offer) for offer in offers)
         distinct = {_claim(offer): offer for offer in offers}
         plans = [
@@ -141,15 +141,16 @@ class Resolver:
         signed = [plan for plan in plans if plan.manifest is not None]
         return await self._with_manifest(signed) if signed else plans[0]
 
-    def _addresses(self, offers: Sequence[Offer]) -> tuple[Address, ...]:
+    def _peers_of(self, offers: Sequence[Offer]) -> tuple[Peer, ...]:
         nodes = dict.fromkeys(offer.node for offer in offers)
         peers = (self._peers.peer(node) for node in nodes)
-        return tuple(peer.address for peer in peers if peer is not None)
+        return tuple(peer for peer in peers if peer is not None)
 
-    def holders_of(self, plan: Plan) -> tuple[Address, ...]:
+    def holders_of(self, plan: Plan) -> tuple[Peer, ...]:
         """Whoever has it by now: nodes that announced it since the plan was made come in as well."""
         offers = [o for o in self._peers.offers() if o.cid == plan.cid or (o.infohash_v2 and o.infohash_v2 == plan.infohash_v2)]
-        return tuple(dict.fromkeys([*plan.holders, *self._addresses(offers)]))
+        by_node = {peer.node: peer for peer in [*plan.holders, *self._peers_of(offers)]}
+        return tuple(by_node.values())
 
     # -- manifests --------------------------------------------------------------------------------------------------
 

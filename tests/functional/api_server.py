@@ -235,7 +235,7 @@ class FakePeers:
         return next((row for row in self.rows if row.node == node), None)
 
 
-class FakeAnnouncer:
+class FakeGossip:
     async def join(self, address: Address) -> Peer:
         return Peer(address.node, None, address, 1, 1_900_000_000)
 
@@ -412,7 +412,7 @@ class World:
         return Services(
             library=self.library, pull=self.transfers.pull, publish=self.transfers.publish, transfers=self.transfers, serving=self.serving,
             upstreams=self.upstreams, peers=self.peers, own_offers=self.own_offers,
-            announcer=FakeAnnouncer(), answers=self.answers, trust=self.trust, status=self.status, stop=self.stopped.set,
+            gossip=FakeGossip(), answers=self.answers, trust=self.trust, status=self.status, stop=self.stopped.set,
         )  # fmt: skip
 
 

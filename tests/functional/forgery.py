@@ -31,17 +31,17 @@ from tests.unit.gguf_files import tiny_gguf
 
 
 class Forger:
-    """Signs with a key of its own. What `objects` holds its door gives, under whatever CID it stands there."""
+    """Signs with a key of its own. What `objects` holds its peer API gives, under whatever CID it stands there."""
 
-    def __init__(self, door: str, objects: dict[str, bytes]) -> None:
+    def __init__(self, url: str, objects: dict[str, bytes]) -> None:
         self.key = Ed25519PrivateKey.generate()
         self.node = envelope.key_name(self.key)
         self.objects = objects
-        self._door = door
+        self._url = url
         self._sequence = time.time_ns() // 1_000_000
 
     def gives(self, data: bytes) -> str:
-        """The CID under which the door has `data` from now on."""
+        """The CID under which the peer API has `data` from now on."""
         cid = object_cid(data)
         self.objects[cid] = data
         return cid
@@ -61,7 +61,7 @@ class Forger:
         self._sequence += 1
         said = Announcement(
             node=self.node, peer_id=None, sequence=self._sequence, expires=int(time.time()) + 600,
-            address=Address(self.node, (), bittorrent, (self._door,)), seal_keys=(), offers=offers,
+            address=Address(self.node, (), bittorrent, (self._url,)), seal_keys=(), offers=offers,
         )  # fmt: skip
         signed = envelope.sign(announcement.PAYLOAD_TYPE, announcement.build(said), self.key)
         connection = http.client.HTTPConnection(urlsplit(to.status["api"]).netloc, timeout=20)

@@ -1,10 +1,10 @@
-"""Swarm nodes for tests: real door, announcer, answers and ledger, a real Kubo where asked for, and a model that follows a script."""
+"""Swarm nodes for tests: real peer API, gossip, answers and ledger, a real Kubo where asked for, and a model that follows a script."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,19 +12,26 @@ from pathlib import Path
 import aiohttp
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from daemon.answering.answers import Answers
+from daemon.answering.local import LocalModel
 from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Provider, Request, Usage
+from daemon.gossip.gossip import Gossip
+from daemon.gossip.pages import Card, OwnPages
+from daemon.gossip.peers import PeerTable, Standing
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.kubo import KuboProcess
 from daemon.ipfs.node import KuboNode
 from daemon.ipfs.rpc import Rpc
 from daemon.ledger import LedgerThread
+from daemon.peerapi.limits import Limits
+from daemon.peerapi.ping import Ping
+from daemon.peerapi.server import PeerApi, Route
+from daemon.peerapi.ways import Ways
+from daemon.peerchat.seal import SealKeys
+from daemon.peerchat.server import ChatServer
 from daemon.supervise import Supervisor
-from daemon.swarm.announce import Announcer
-from daemon.swarm.answers import Answers
-from daemon.swarm.door import Limits, create_door, open_door
-from daemon.swarm.peers import PeerTable, Standing
-from daemon.swarm.relay import ChatServer, LocalModel
-from daemon.swarm.seal import SealKeys
+from daemon.transfer.objects import ObjectServer
+from registry.address import usable
 from registry.cid import leaf_cid
 from registry.envelope import key_name
 from registry.records import Address, Offer
@@ -74,12 +81,13 @@ class Script:
 @dataclass
 class Node:
     key: str
-    announcer: Announcer
+    gossip: Gossip
     table: PeerTable
     answers: Answers
     seal_keys: SealKeys
     http: aiohttp.ClientSession
-    door_url: str
+    ways: Ways
+    url: str
     held: list[Offer]
     served: dict[str, Provider]
     supervisor: Supervisor
@@ -89,13 +97,13 @@ class Node:
 
     def holds(self, cid: str = CID, name: str = "a model", seeders: int = 1) -> None:
         self.held.append(Offer(self.key, cid, None, None, None, name, 1000, False, seeders=seeders))
-        self.announcer.changed()
+        self.gossip.changed()
 
     def serves(self, script: Provider, cid: str = CID, name: str = "a model", seeders: int = 1, size: int = 1000) -> None:
         self.held = [offer for offer in self.held if offer.cid != cid]
         self.held.append(Offer(self.key, cid, None, None, None, name, size, True, free_slots=1, seeders=seeders))
         self.served[cid] = script
-        self.announcer.changed()
+        self.gossip.changed()
 
     def sees(self, other: Node, *, serving: bool = False) -> bool:
         return any(offer.node == other.key and offer.serving >= serving for offer in self.table.offers())
@@ -115,7 +123,7 @@ async def swarm_node(
     home: Path,
     *,
     kubo: Path | None = None,
-    door: bool = True,
+    direct: bool = True,
     join: tuple[Address, ...] = (),
     key: Ed25519PrivateKey | None = None,
     clock: Callable[[], float] = time.time,
@@ -123,7 +131,7 @@ async def swarm_node(
     standing: Callable[[str], Standing | None] = lambda key: None,
     limits: Limits | None = None,
 ) -> AsyncIterator[Node]:
-    """One node. `kubo` is the binary, None leaves IPFS off; without `door` no direct URL is announced."""
+    """One node. `kubo` is the binary, None leaves IPFS off; without `direct` no URL of its peer API is announced."""
     key = key or Ed25519PrivateKey.generate()
     name = key_name(key)
     await asyncio.to_thread(home.mkdir, parents=True, exist_ok=True)
@@ -147,31 +155,45 @@ async def swarm_node(
         async def object_bytes(cid: str) -> bytes | None:
             return node.objects.get(cid)
 
-        def exchange(envelopes: list[bytes]) -> Awaitable[list[bytes]]:
-            return announcer.exchange(envelopes)
+        def provider(cid: str) -> Provider | None:
+            return node.served.get(cid)
 
-        app = create_door(announcements=exchange, chats=ChatServer(seal_keys, local), object_bytes=object_bytes, limits=limits)
-        port = await stack.enter_async_context(open_door(app, "127.0.0.1", 0))
-        url = f"http://127.0.0.1:{port}"
-        announcer = Announcer(
-            key,
+        ipfs = lambda: gossip.pubsub.node  # noqa: E731 - the node of now
+
+        async def ipfs_now() -> IpfsNode | None:
+            return ipfs()
+
+        def card() -> Card:
+            identity = gossip.pubsub.identity
+            addresses = identity.addresses if identity else ()
+            address = usable(Address(name, addresses, (), (url,) if direct else ()))
+            return Card(identity.peer_id if identity else None, address, seal_keys.public())
+
+        ways = Ways(network="loopback", ipfs=ipfs, http=http)
+        gossip = Gossip(
+            OwnPages(key, ledger, card=card, describe=describe, clock=clock),
             table=table,
             ledger=ledger,
             supervisor=supervisor,
-            seal_keys=seal_keys,
-            describe=describe,
-            bittorrent=tuple,
-            door_port=port,
-            door_urls=(url,) if door else (),
+            ways=ways,
             http=http,
-            clock=clock,
+            ipfs_within=ipfs_now,
             heartbeat_s=heartbeat_s,
             join=join,
+            limits=limits,
         )
-        answers = Answers(table, local, lambda: node.held, ipfs=lambda: announcer.ipfs, http=http, clock=clock)
-        node = Node(name, announcer, table, answers, seal_keys, http, url, [], {}, supervisor)
-        await announcer.start()
-        stack.push_async_callback(announcer.close)
+        chats = ChatServer(seal_keys, provider, limits=limits)
+        objects = ObjectServer(object_bytes, limits=limits)
+        parts = (Ping(name), gossip, chats, objects)
+        routes: list[Route] = [route for part in parts for route in part.routes()]
+        ports = await stack.enter_async_context(
+            PeerApi(routes, limits=limits).listening(["127.0.0.1"], 0)
+        )
+        url = f"http://127.0.0.1:{ports.direct}"
+        answers = Answers(table, local, lambda: node.held, ways=ways, http=http, clock=clock)
+        node = Node(name, gossip, table, answers, seal_keys, http, ways, url, [], {}, supervisor)
+        await gossip.start(ports.streams)
+        stack.push_async_callback(gossip.close)
         if kubo is not None:
             process = await asyncio.to_thread(
                 KuboProcess, kubo, home / "ipfs", network="loopback", port=0, max_connections=32, log=home / "kubo.log"
@@ -180,9 +202,9 @@ async def swarm_node(
             await process.start()
             rpc = await stack.enter_async_context(Rpc(process.api))
             node.kubo, node.ipfs = process, KuboNode(rpc, repo=home / "ipfs")
-            stack.push_async_callback(announcer.on_ipfs_gone)
-            await announcer.on_ipfs_ready(node.ipfs)
-            stack.push_async_callback(announcer.close)
+            stack.push_async_callback(gossip.on_ipfs_gone)
+            await gossip.on_ipfs_ready(node.ipfs)
+            stack.push_async_callback(gossip.close)
         yield node
 
 

@@ -7,18 +7,17 @@ import gc
 import socket
 
 import pytest
-from aiohttp import web
 
 from daemon.listening import listening
-from daemon.swarm.door import open_door
+from daemon.peerapi.server import PeerApi
 
 
 @pytest.mark.parametrize("turns", range(5))
 async def test_who_connects_while_it_stops_is_closed(turns: int) -> None:
     """`turns` of the loop lie between the connection and the end: at one of them it is accepted and has no transport yet."""
     with socket.socket() as near:
-        async with open_door(web.Application(), "127.0.0.1", 0) as port:
-            near.connect(("127.0.0.1", port))
+        async with PeerApi([]).listening(["127.0.0.1"], 0) as ports:
+            near.connect(("127.0.0.1", ports.direct))
             for _ in range(turns):
                 await asyncio.sleep(0)
         near.settimeout(10)

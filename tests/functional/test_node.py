@@ -18,6 +18,7 @@ from aiohttp import web
 from daemon.errors import Unavailable, Unserved, UsageError, VerificationError
 from daemon.ipfs.node import KuboNode
 from daemon.ipfs.rpc import Rpc
+from daemon.peerapi.server import PeerApi, Route
 from registry.cid import UnixfsHasher
 from tests.functional.kubos import Running, running, two, until
 
@@ -294,16 +295,9 @@ async def test_http_through_a_stream(pair: tuple[Running, Running]) -> None:
     async def echo(request: web.Request) -> web.Response:
         return web.Response(body=await request.read())
 
-    app = web.Application()
-    app.router.add_post("/echo", echo)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        port = runner.addresses[0][1]
-        await a.node.listen("/x/test/1", 1, report_peer_id=False)
-        await a.node.listen("/x/test/1", port, report_peer_id=False)
+    async with PeerApi([Route("POST", "/echo", echo)]).listening(["127.0.0.1"], 0) as ports:
+        await a.node.listen("/x/test/1", 1, report_peer_id=True)
+        await a.node.listen("/x/test/1", ports.streams, report_peer_id=True)
         peer = (await a.node.identity()).peer_id
         async with aiohttp.ClientSession() as session, b.node.dial("/x/test/1", peer) as one, b.node.dial("/x/test/1", peer) as other:
             assert one[0] == "127.0.0.1" and one[1] != other[1]
@@ -316,5 +310,3 @@ async def test_http_through_a_stream(pair: tuple[Running, Running]) -> None:
             async with b.node.dial("/x/test/1", "12D3KooWSC85v28BrKjFNXBDCeKMngEQ3NddteDfMfBinjcesPs6"):
                 pass
         assert (await b.rpc.call("p2p/ls"))["Listeners"] is None
-    finally:
-        await runner.cleanup()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -32,10 +33,12 @@ from daemon.engine.interface import (
     ToolCallDelta,
 )
 from daemon.errors import Ambiguous, Busy, ContextOverflow, InferenceError, NotFound, Unavailable, Unserved, UsageError, VerificationError
-from daemon.swarm import wire
-from daemon.swarm.door import Limits, open_door
-from daemon.swarm.relay import PROTOCOL, PeerProvider
-from daemon.swarm.seal import REQUEST_TYPE
+from daemon.peerapi.limits import Limits
+from daemon.peerapi.ping import Ping
+from daemon.peerapi.server import PROTOCOL, PeerApi
+from daemon.peerchat import wire
+from daemon.peerchat.provider import PeerProvider
+from daemon.peerchat.seal import REQUEST_TYPE
 from registry import announcement
 from registry.cid import leaf_cid
 from registry.envelope import key_name, sign
@@ -51,15 +54,15 @@ QUESTION = ChatRequest(({"role": "user", "content": "a very private prompt"},))
 
 async def test_a_newcomer_lists_a_serving_model_over_pubsub_alone(tmp_path: Path, kubo_binary: Path) -> None:
     async with (
-        swarm_node(tmp_path / "a", kubo=kubo_binary, door=False) as a,
-        swarm_node(tmp_path / "b", kubo=kubo_binary, door=False) as b,
+        swarm_node(tmp_path / "a", kubo=kubo_binary, direct=False) as a,
+        swarm_node(tmp_path / "b", kubo=kubo_binary, direct=False) as b,
     ):
         a.serves(Script())
-        address = a.announcer.address()
+        address = a.gossip.pages.address()
         assert address.http == () and address.ipfs
-        peer = await b.announcer.join(address)
+        peer = await b.gossip.join(address)
         assert peer.node == a.key
-        await until(lambda: b.sees(a, serving=True) and a.announcer.neighbours != frozenset())
+        await until(lambda: b.sees(a, serving=True) and a.gossip.pubsub.neighbours != frozenset())
         # From now on only pubsub can tell.
         second = leaf_cid(b"another")
         a.serves(Script(), second, "another")
@@ -68,33 +71,33 @@ async def test_a_newcomer_lists_a_serving_model_over_pubsub_alone(tmp_path: Path
 
 async def test_a_bare_multiaddr_is_enough(tmp_path: Path, kubo_binary: Path) -> None:
     async with (
-        swarm_node(tmp_path / "a", kubo=kubo_binary, door=False) as a,
-        swarm_node(tmp_path / "b", kubo=kubo_binary, door=False) as b,
+        swarm_node(tmp_path / "a", kubo=kubo_binary, direct=False) as a,
+        swarm_node(tmp_path / "b", kubo=kubo_binary, direct=False) as b,
     ):
-        peer = await b.announcer.join(Address("", ipfs=a.announcer.address().ipfs[:1]))
+        peer = await b.gossip.join(Address("", ipfs=a.gossip.pages.address().ipfs[:1]))
         assert peer.node == a.key
 
 
 async def test_pubsub_comes_back_when_ipfs_does(tmp_path: Path, kubo_binary: Path) -> None:
     async with (
-        swarm_node(tmp_path / "a", kubo=kubo_binary, door=False) as a,
-        swarm_node(tmp_path / "b", kubo=kubo_binary, door=False) as b,
+        swarm_node(tmp_path / "a", kubo=kubo_binary, direct=False) as a,
+        swarm_node(tmp_path / "b", kubo=kubo_binary, direct=False) as b,
     ):
-        await b.announcer.join(a.announcer.address())
+        await b.gossip.join(a.gossip.pages.address())
         assert b.kubo is not None and b.ipfs is not None
         await b.kubo.stop()
-        await b.announcer.on_ipfs_gone()
-        assert b.announcer.address().ipfs == ()
+        await b.gossip.on_ipfs_gone()
+        assert b.gossip.pages.address().ipfs == ()
         await b.kubo.start()
-        await b.announcer.on_ipfs_ready(b.ipfs)
+        await b.gossip.on_ipfs_ready(b.ipfs)
         a.serves(Script())
         await until(lambda: b.sees(a, serving=True))
 
 
 async def test_without_ipfs_a_third_node_learns_of_everybody(tmp_path: Path) -> None:
     async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b, swarm_node(tmp_path / "c") as c:
-        await a.announcer.join(b.announcer.address())
-        await c.announcer.join(b.announcer.address())
+        await a.gossip.join(b.gossip.pages.address())
+        await c.gossip.join(b.gossip.pages.address())
         a.serves(Script())
         await until(lambda: c.sees(a, serving=True) and b.sees(a, serving=True))
         # The other way round too: a learns of c, that it never joined.
@@ -103,27 +106,27 @@ async def test_without_ipfs_a_third_node_learns_of_everybody(tmp_path: Path) -> 
 
 
 async def test_who_joined_hears_every_change_however_many_others_there_are(tmp_path: Path) -> None:
-    """The others have left without a word: their doors are closed, and what they announced has not expired yet."""
+    """The others have left without a word: their peer APIs are closed, and what they announced has not expired yet."""
     async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b:
         for number in range(100):
             key = Ed25519PrivateKey.generate()
             node = key_name(key)
             gone = Announcement(node, None, 1, int(time.time()) + 600, Address(node, http=(f"http://127.0.0.2:{1024 + number}",)), (), ())
-            await a.announcer.receive(sign(announcement.PAYLOAD_TYPE, announcement.build(gone), key))
-        await b.announcer.join(a.announcer.address())
+            await a.gossip.receive(sign(announcement.PAYLOAD_TYPE, announcement.build(gone), key))
+        await b.gossip.join(a.gossip.pages.address())
         for change in range(5):
             a.holds(cid=leaf_cid(bytes([change])))
             await until(lambda held=change + 1: len(b.table.offers()) == held)  # type: ignore[misc]  # bound now
 
 
-async def test_a_node_without_ipfs_and_one_without_a_door_meet_through_a_third(tmp_path: Path, kubo_binary: Path) -> None:
+async def test_a_node_without_ipfs_and_one_without_a_url_meet_through_a_third(tmp_path: Path, kubo_binary: Path) -> None:
     async with (
         swarm_node(tmp_path / "bridge", kubo=kubo_binary) as bridge,
         swarm_node(tmp_path / "web") as web,
-        swarm_node(tmp_path / "p2p", kubo=kubo_binary, door=False) as p2p,
+        swarm_node(tmp_path / "p2p", kubo=kubo_binary, direct=False) as p2p,
     ):
-        await p2p.announcer.join(replace(bridge.announcer.address(), http=()))
-        await web.announcer.join(bridge.announcer.address())
+        await p2p.gossip.join(replace(bridge.gossip.pages.address(), http=()))
+        await web.gossip.join(bridge.gossip.pages.address())
         web.holds()
         p2p.holds()
         await until(lambda: p2p.sees(web) and web.sees(p2p))
@@ -133,7 +136,7 @@ async def test_joined_nodes_are_found_again_after_a_restart(tmp_path: Path) -> N
     key = Ed25519PrivateKey.generate()
     async with swarm_node(tmp_path / "a") as a:
         async with swarm_node(tmp_path / "b", key=key) as b:
-            await b.announcer.join(a.announcer.address())
+            await b.gossip.join(a.gossip.pages.address())
         async with swarm_node(tmp_path / "b", key=key) as b:
             a.serves(Script())
             await until(lambda: b.sees(a, serving=True))
@@ -143,7 +146,7 @@ async def test_a_node_of_the_settings_is_tried_until_it_is_there(tmp_path: Path)
     key = Ed25519PrivateKey.generate()
     async with AsyncExitStack() as stack:
         async with swarm_node(tmp_path / "a", key=key) as a:
-            url, node = a.door_url, a.key
+            url, node = a.url, a.key
         b = await stack.enter_async_context(swarm_node(tmp_path / "b", join=(Address(node, http=(url,)),)))
         assert b.table.peer(node) is None
         await until(lambda: "rejoin" in b.supervisor.state())
@@ -154,20 +157,20 @@ async def test_joining_names_every_way_that_failed(tmp_path: Path, kubo_binary: 
     async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b", kubo=kubo_binary) as b:
         nowhere = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWGRUT6XrZnJkHKn8WZ4W8JAkNNgZcZbVMkQXmxfbSjUaD"
         with pytest.raises(Unserved, match="HTTP: nothing answers there; IPFS: "):
-            await b.announcer.join(Address(a.key, ipfs=(nowhere,), http=("http://127.0.0.1:9",)))
+            await b.gossip.join(Address(a.key, ipfs=(nowhere,), http=("http://127.0.0.1:9",)))
         with pytest.raises(Unserved, match="IPFS is not running here"):
-            await a.announcer.join(Address(b.key, ipfs=b.announcer.address().ipfs))
+            await a.gossip.join(Address(b.key, ipfs=b.gossip.pages.address().ipfs))
         with pytest.raises(VerificationError, match="another node answers"):
-            await b.announcer.join(Address("ed25519:" + "07" * 32, http=(a.door_url,)))
+            await b.gossip.join(Address("ed25519:" + "07" * 32, http=(a.url,)))
         with pytest.raises(UsageError, match="own"):
-            await a.announcer.join(a.announcer.address())
+            await a.gossip.join(a.gossip.pages.address())
 
 
 async def test_an_announcement_expires(tmp_path: Path) -> None:
     now = [time.time()]
     async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b", clock=lambda: now[0]) as b:
         a.serves(Script())
-        await b.announcer.join(a.announcer.address())
+        await b.gossip.join(a.gossip.pages.address())
         await until(lambda: b.sees(a, serving=True))
         now[0] += 15 * 60
         assert not b.sees(a) and b.table.peers() == []
@@ -178,23 +181,23 @@ async def test_more_models_than_one_page_holds(tmp_path: Path) -> None:
     async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b:
         for number in range(80):
             a.holds(leaf_cid(b"%d" % number), f"model {number}")
-        await b.announcer.join(a.announcer.address())
+        await b.gossip.join(a.gossip.pages.address())
         await until(lambda: len(b.table.offers()) == 80)
         del a.held[5:]
-        a.announcer.changed()
+        a.gossip.changed()
         await until(lambda: len(b.table.offers()) == 5)
 
 
 async def test_a_blocked_node_is_not_heard(tmp_path: Path) -> None:
     async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b", standing=lambda key: "blocked") as b:
         with pytest.raises(Unserved, match="blocked"):
-            await b.announcer.join(a.announcer.address())
+            await b.gossip.join(a.gossip.pages.address())
 
 
 async def test_a_node_that_leaves_says_good_bye(tmp_path: Path) -> None:
     async with swarm_node(tmp_path / "a") as a:
         async with swarm_node(tmp_path / "b") as b:
-            await b.announcer.join(a.announcer.address())
+            await b.gossip.join(a.gossip.pages.address())
             b.serves(Script())
             await until(lambda: a.sees(b, serving=True))
         assert not a.sees(b)
@@ -205,13 +208,13 @@ async def test_replays_are_refused_also_after_a_restart(tmp_path: Path) -> None:
     async with swarm_node(tmp_path / "a") as a:
         async with swarm_node(tmp_path / "b", key=key) as b:
             a.serves(Script())
-            await b.announcer.join(a.announcer.address())
+            await b.gossip.join(a.gossip.pages.address())
             await until(lambda: b.sees(a, serving=True))
             recorded = b.table.envelopes()[a.key][0]
         async with swarm_node(tmp_path / "b", key=key) as b:
             assert b.sees(a, serving=True)
             with pytest.raises(Stale):
-                await b.announcer.receive(recorded)
+                await b.gossip.receive(recorded)
 
 
 async def test_our_sequence_grows_over_a_restart_with_the_clock_set_back(tmp_path: Path) -> None:
@@ -220,7 +223,7 @@ async def test_our_sequence_grows_over_a_restart_with_the_clock_set_back(tmp_pat
     for offset in (0.0, -86400.0):
         async with swarm_node(tmp_path / "a", key=key, clock=lambda offset=offset: time.time() + offset) as a:  # type: ignore[misc]  # bound now
             async with swarm_node(tmp_path / f"b{offset}", clock=lambda offset=offset: time.time() + offset) as b:  # type: ignore[misc]  # as above
-                peer = await b.announcer.join(a.announcer.address())
+                peer = await b.gossip.join(a.gossip.pages.address())
                 sequences.append(peer.sequence)
     assert sequences[1] > sequences[0]
 
@@ -228,18 +231,18 @@ async def test_our_sequence_grows_over_a_restart_with_the_clock_set_back(tmp_pat
 async def test_a_clock_that_is_off_by_a_day_is_named(tmp_path: Path) -> None:
     async with swarm_node(tmp_path / "a", clock=lambda: time.time() + 86400) as a, swarm_node(tmp_path / "b") as b:
         with pytest.raises(Unserved, match="clock"):
-            await b.announcer.join(a.announcer.address())
+            await b.gossip.join(a.gossip.pages.address())
 
 
 # -- answering ----------------------------------------------------------------------------------------------------------
 
 
-async def two(stack: AsyncExitStack, folder: Path, kubo: Path | None, script: Script, *, door: bool = True) -> tuple[Node, Node]:
+async def two(stack: AsyncExitStack, folder: Path, kubo: Path | None, script: Script, *, direct: bool = True) -> tuple[Node, Node]:
     """A node that serves, and one that knows it."""
-    a = await stack.enter_async_context(swarm_node(folder / "a", kubo=kubo, door=door))
-    b = await stack.enter_async_context(swarm_node(folder / "b", kubo=kubo, door=door))
+    a = await stack.enter_async_context(swarm_node(folder / "a", kubo=kubo, direct=direct))
+    b = await stack.enter_async_context(swarm_node(folder / "b", kubo=kubo, direct=direct))
     a.serves(script)
-    await b.announcer.join(a.announcer.address())
+    await b.gossip.join(a.gossip.pages.address())
     await until(lambda: b.sees(a, serving=True))
     return a, b
 
@@ -247,7 +250,7 @@ async def two(stack: AsyncExitStack, folder: Path, kubo: Path | None, script: Sc
 async def test_the_answer_comes_over_a_libp2p_stream(tmp_path: Path, kubo_binary: Path) -> None:
     async with AsyncExitStack() as stack:
         script = Script(("the ", "answer ", "\N{SNOWMAN}"))
-        a, b = await two(stack, tmp_path, kubo_binary, script, door=False)
+        a, b = await two(stack, tmp_path, kubo_binary, script, direct=False)
         question = replace(QUESTION, sampling=Sampling(max_tokens=7, seed=3, stop=("x",)))
         answer = await b.answers.open(None, question)
         deltas = [delta async for delta in answer.deltas]
@@ -269,7 +272,7 @@ async def test_the_answer_comes_over_a_direct_address(tmp_path: Path) -> None:
 async def test_leaving_an_answer_cancels_it_on_the_far_side(tmp_path: Path, kubo_binary: Path, over_ipfs: bool) -> None:
     async with AsyncExitStack() as stack:
         script = Script(hang_after=1)
-        _, b = await two(stack, tmp_path, kubo_binary if over_ipfs else None, script, door=not over_ipfs)
+        _, b = await two(stack, tmp_path, kubo_binary if over_ipfs else None, script, direct=not over_ipfs)
         answer = await b.answers.open(CID, QUESTION)
         assert (await anext(answer.deltas)).text == "the "
         assert not script.closed.is_set()
@@ -293,7 +296,7 @@ async def test_giving_up_before_the_first_word_cancels_it_on_the_far_side(tmp_pa
 
 async def test_a_far_node_killed_in_the_middle_is_an_explicit_error(tmp_path: Path, kubo_binary: Path) -> None:
     async with AsyncExitStack() as stack:
-        a, b = await two(stack, tmp_path, kubo_binary, Script(hang_after=1), door=False)
+        a, b = await two(stack, tmp_path, kubo_binary, Script(hang_after=1), direct=False)
         answer = await b.answers.open(CID, QUESTION)
         await anext(answer.deltas)
         assert a.kubo is not None and a.kubo.pid is not None
@@ -309,7 +312,7 @@ async def test_another_node_is_asked_when_the_first_cannot(tmp_path: Path) -> No
         a, b = await two(stack, tmp_path, None, Script(fails=Busy("chat", "all slots are taken")))
         a.serves(Script(fails=Busy("chat", "all slots are taken")), seeders=9)
         c.serves(Script(("from c",)))
-        await b.announcer.join(c.announcer.address())
+        await b.gossip.join(c.gossip.pages.address())
         await until(lambda: b.sees(c, serving=True) and any(offer.seeders == 9 for offer in b.table.offers()))
         answer = await b.answers.open(CID, QUESTION)
         assert answer.answered_by == c.key
@@ -377,7 +380,7 @@ async def test_completions_tools_and_logprobs_come_from_a_peer_as_they_are(tmp_p
     )
     async with AsyncExitStack() as stack:
         script = Script(said)
-        _, b = await two(stack, tmp_path, kubo_binary, script, door=False)
+        _, b = await two(stack, tmp_path, kubo_binary, script, direct=False)
         for question in questions:
             deltas = [delta async for delta in (await b.answers.open(CID, question)).deltas]
             assert deltas[:3] == list(said[:3])
@@ -391,7 +394,7 @@ async def test_completions_tools_and_logprobs_come_from_a_peer_as_they_are(tmp_p
 async def test_vectors_come_from_a_peer(tmp_path: Path, kubo_binary: Path, over_ipfs: bool) -> None:
     async with AsyncExitStack() as stack:
         script = Script()
-        a, b = await two(stack, tmp_path, kubo_binary if over_ipfs else None, script, door=not over_ipfs)
+        a, b = await two(stack, tmp_path, kubo_binary if over_ipfs else None, script, direct=not over_ipfs)
         question = EmbeddingRequest((*(f"text {number}" for number in range(500)), (1, 2)))
         embedded = await b.answers.embed("a model", question)
         assert (embedded.answered_by, embedded.name) == (a.key, "a model")
@@ -424,7 +427,7 @@ async def test_another_node_makes_the_vectors_when_the_first_cannot(tmp_path: Pa
         a, b = await two(stack, tmp_path, None, Script())
         a.serves(Script(fails=InferenceError("worker", "it died")), seeders=9)
         c.serves(Script())
-        await b.announcer.join(c.announcer.address())
+        await b.gossip.join(c.gossip.pages.address())
         await until(lambda: b.sees(c, serving=True) and any(offer.seeders == 9 for offer in b.table.offers()))
         assert (await b.answers.embed(CID, EmbeddingRequest(("x",)))).answered_by == c.key
         assert b.table.stats()[a.key].failures == 1
@@ -457,7 +460,7 @@ async def test_nobody_at_all(tmp_path: Path) -> None:
             await a.answers.open(None, QUESTION)
 
 
-# -- the door -----------------------------------------------------------------------------------------------------------
+# -- the peer API -----------------------------------------------------------------------------------------------------------
 
 
 async def relayed(near: asyncio.StreamReader, far: asyncio.StreamWriter, seen: bytearray) -> None:
@@ -473,7 +476,7 @@ async def test_what_lies_between_sees_nothing(tmp_path: Path) -> None:
     seen = bytearray()
     async with AsyncExitStack() as stack:
         a, b = await two(stack, tmp_path, None, Script(("a ", "confidential ", "reply")))
-        host, port = "127.0.0.1", int(a.door_url.rpartition(":")[2])
+        host, port = "127.0.0.1", int(a.url.rpartition(":")[2])
 
         async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             far_reader, far_writer = await asyncio.open_connection(host, port)
@@ -486,7 +489,7 @@ async def test_what_lies_between_sees_nothing(tmp_path: Path) -> None:
         peer = b.table.peer(a.key)
         assert peer is not None
         peer = replace(peer, address=Address(a.key, http=(through,)))
-        provider = PeerProvider(peer, CID, ipfs=lambda: None, http=b.http, clock=time.time)
+        provider = PeerProvider(peer, CID, ways=b.ways, http=b.http, clock=time.time)
         assert await text_of(provider.generate(QUESTION)) == "a confidential reply"
     assert b"/swarm/1/chat" in seen
     for word in (b"private", b"prompt", b"confidential", b"reply", CID.encode(), b"messages"):
@@ -497,7 +500,7 @@ async def test_a_truncated_answer_is_not_an_answer(tmp_path: Path) -> None:
     """A relay that ends the HTTP body properly, but one frame too early."""
 
     async def cut(request: aiohttp.web.Request) -> aiohttp.web.Response:
-        async with b.http.post(a.door_url + request.path, data=await request.read(), headers={"Content-Type": REQUEST_TYPE}) as answer:
+        async with b.http.post(a.url + request.path, data=await request.read(), headers={"Content-Type": REQUEST_TYPE}) as answer:
             whole = await answer.read()
         return aiohttp.web.Response(body=whole[:-40], content_type=answer.content_type)
 
@@ -505,6 +508,7 @@ async def test_a_truncated_answer_is_not_an_answer(tmp_path: Path) -> None:
         a, b = await two(stack, tmp_path, None, Script())
         app = aiohttp.web.Application()
         app.router.add_post("/swarm/1/chat", cut)
+        app.router.add_route("GET", "/swarm/1/ping", Ping(a.key).routes()[0].handle)
         runner = aiohttp.web.AppRunner(app)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
@@ -512,7 +516,7 @@ async def test_a_truncated_answer_is_not_an_answer(tmp_path: Path) -> None:
         peer = b.table.peer(a.key)
         assert peer is not None
         peer = replace(peer, address=Address(a.key, http=(f"http://127.0.0.1:{runner.addresses[0][1]}",)))
-        deltas = PeerProvider(peer, CID, ipfs=lambda: None, http=b.http, clock=time.time).generate(QUESTION)
+        deltas = PeerProvider(peer, CID, ways=b.ways, http=b.http, clock=time.time).generate(QUESTION)
         with pytest.raises(VerificationError, match="cut off"):
             await text_of(deltas)
 
@@ -531,14 +535,15 @@ async def test_a_silent_peer_is_given_up(tmp_path: Path) -> None:
         assert peer is not None
         peer = replace(peer, address=Address(a.key, http=(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}",)))
         with pytest.raises(Unserved):
-            await text_of(PeerProvider(peer, CID, ipfs=lambda: None, http=b.http, clock=time.time, stall_s=0.3).generate(QUESTION))
+            provider = PeerProvider(peer, CID, ways=b.ways, http=b.http, clock=time.time, connect_s=0.3)
+            await text_of(provider.generate(QUESTION))
 
 
-async def test_the_door_gives_objects_and_nothing_else(tmp_path: Path) -> None:
+async def test_the_peer_api_gives_objects_and_nothing_else(tmp_path: Path) -> None:
     async with swarm_node(tmp_path / "a") as a:
         data = b"a manifest"
         a.objects[leaf_cid(data)] = data
-        async with a.http.get(f"{a.door_url}/swarm/1/object/{leaf_cid(data)}") as response:
+        async with a.http.get(f"{a.url}/swarm/1/object/{leaf_cid(data)}") as response:
             assert (response.status, await response.read()) == (200, data)
         for path, status in {
             f"/swarm/1/object/{leaf_cid(b'unknown')}": 404,
@@ -549,7 +554,7 @@ async def test_the_door_gives_objects_and_nothing_else(tmp_path: Path) -> None:
             "/": 404,
             "/swarm/1/chat": 405,
         }.items():
-            async with a.http.get(a.door_url + path) as response:
+            async with a.http.get(a.url + path) as response:
                 body = await response.json()
                 assert (response.status, set(body["error"])) == (status, {"code", "message", "hint"}), path
                 assert response.headers["Server"] == "swarmctl"
@@ -570,18 +575,18 @@ async def test_the_door_gives_objects_and_nothing_else(tmp_path: Path) -> None:
         ("chat", {"Content-Type": "application/json"}, b"{}", 415),
     ],
 )
-async def test_what_the_door_refuses(tmp_path: Path, path: str, headers: dict[str, str], body: bytes, status: int) -> None:
+async def test_what_the_peer_api_refuses(tmp_path: Path, path: str, headers: dict[str, str], body: bytes, status: int) -> None:
     async with swarm_node(tmp_path / "a") as a:
-        async with a.http.post(f"{a.door_url}/swarm/1/{path}", data=io.BytesIO(body), headers=headers) as response:
+        async with a.http.post(f"{a.url}/swarm/1/{path}", data=io.BytesIO(body), headers=headers) as response:
             assert response.status == status
         assert not any(loop.state == "crashed" for loop in a.supervisor.state().values())
 
 
 async def test_wrong_envelopes_are_left_out_and_the_others_taken(tmp_path: Path) -> None:
     async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b:
-        good = (await b.announcer.own_pages())[0]
+        good = (await b.gossip.own_pages())[0]
         body = json.dumps({"envelopes": ["{}", good.decode().replace("payload", "payIoad"), good.decode(), good.decode()]})
-        async with a.http.post(a.door_url + "/swarm/1/announce", data=body, headers={"Content-Type": "application/json"}) as response:
+        async with a.http.post(a.url + "/swarm/1/announce", data=body, headers={"Content-Type": "application/json"}) as response:
             assert response.status == 200
         assert [peer.node for peer in a.table.peers()] == [b.key]
 
@@ -593,7 +598,7 @@ async def test_floods_and_too_many_chats_are_answered_by_429(tmp_path: Path) -> 
         a = await stack.enter_async_context(swarm_node(tmp_path / "a", limits=limits))
         b = await stack.enter_async_context(swarm_node(tmp_path / "b"))
         a.serves(script)
-        await b.announcer.join(a.announcer.address())
+        await b.gossip.join(a.gossip.pages.address())
         await until(lambda: b.sees(a, serving=True))
         answer = await b.answers.open(CID, QUESTION)
         await anext(answer.deltas)
@@ -603,7 +608,7 @@ async def test_floods_and_too_many_chats_are_answered_by_429(tmp_path: Path) -> 
         statuses = set()
         for _ in range(5):
             async with a.http.post(
-                a.door_url + "/swarm/1/announce", data=b'{"envelopes":[]}', headers={"Content-Type": "application/json"}
+                a.url + "/swarm/1/announce", data=b'{"envelopes":[]}', headers={"Content-Type": "application/json"}
             ) as response:
                 statuses.add(response.status)
         assert 429 in statuses
@@ -611,7 +616,7 @@ async def test_floods_and_too_many_chats_are_answered_by_429(tmp_path: Path) -> 
 
 async def test_a_body_that_never_ends_is_cut_off(tmp_path: Path) -> None:
     async with swarm_node(tmp_path / "a", limits=Limits(body_s=0.2)) as a:
-        reader, writer = await asyncio.open_connection("127.0.0.1", int(a.door_url.rpartition(":")[2]))
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(a.url.rpartition(":")[2]))
         writer.write(b"POST /swarm/1/announce HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
         async with asyncio.timeout(10):
             assert b" 408 " in await reader.readline()
@@ -619,26 +624,53 @@ async def test_a_body_that_never_ends_is_cut_off(tmp_path: Path) -> None:
 
 
 async def test_a_connection_that_says_nothing_is_closed() -> None:
-    async with open_door(aiohttp.web.Application(), "127.0.0.1", 0, header_s=0.2) as port:
-        for begin in (b"", b"POST /swarm/1/announce HTTP/1.1\r\nHost: x\r\nX-Slow: "):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(begin)
-            async with asyncio.timeout(10):
-                assert await reader.read() == b""
+    async with PeerApi([], limits=Limits(header_s=0.2)).listening(["127.0.0.1"], 0) as ports:
+        for port in (ports.direct, ports.streams):
+            for begin in (b"", b"POST /swarm/1/announce HTTP/1.1\r\nHost: x\r\nX-Slow: "):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(begin)
+                async with asyncio.timeout(10):
+                    with contextlib.suppress(ConnectionResetError):
+                        assert await reader.read() == b""
+                writer.close()
+
+
+async def test_one_source_has_a_ceiling_of_connections() -> None:
+    limits = Limits(connections_per_source=2)
+    async with PeerApi(Ping("ed25519:me").routes(), limits=limits).listening(["127.0.0.1"], 0) as ports:
+
+        async def asks(line: bytes) -> asyncio.StreamReader:
+            reader, writer = await asyncio.open_connection("127.0.0.1", ports.streams)
+            writer.write(line + b"GET /swarm/1/ping HTTP/1.1\r\nHost: x\r\n\r\n")
+            writers.append(writer)
+            return reader
+
+        writers: list[asyncio.StreamWriter] = []
+        readers = [await asks(b"12D3KooWFirst\n") for _ in range(2)]
+        assert [await reader.readline() for reader in readers] == [b"HTTP/1.1 200 OK\r\n"] * 2
+        with contextlib.suppress(ConnectionResetError):
+            assert await (await asks(b"12D3KooWFirst\n")).readline() == b""
+        # Somebody else has places of its own, and one that is given back can be taken again.
+        assert await (await asks(b"12D3KooWSecond\n")).readline() == b"HTTP/1.1 200 OK\r\n"
+        writers[0].close()
+        await writers[0].wait_closed()
+        async with asyncio.timeout(10):
+            while await (await asks(b"12D3KooWFirst\n")).readline() != b"HTTP/1.1 200 OK\r\n":
+                await asyncio.sleep(0.02)
+        for writer in writers:
             writer.close()
 
 
 async def test_a_port_that_is_taken_is_an_error() -> None:
-    app = aiohttp.web.Application
-    async with open_door(app(), "127.0.0.1", 0) as port:
-        with pytest.raises(Unavailable, match=str(port)):
-            async with open_door(app(), "127.0.0.1", port):
+    async with PeerApi([]).listening(["127.0.0.1"], 0) as ports:
+        with pytest.raises(Unavailable, match=str(ports.direct)):
+            async with PeerApi([]).listening(["127.0.0.1"], ports.direct):
                 pass
 
 
-async def test_the_stream_protocol_reaches_the_door_and_only_the_door(tmp_path: Path, kubo_binary: Path) -> None:
+async def test_the_stream_protocol_reaches_the_peer_api_and_nothing_else(tmp_path: Path, kubo_binary: Path) -> None:
     async with AsyncExitStack() as stack:
-        a, b = await two(stack, tmp_path, kubo_binary, Script(), door=False)
+        a, b = await two(stack, tmp_path, kubo_binary, Script(), direct=False)
         assert b.ipfs is not None and a.ipfs is not None
         async with b.ipfs.dial(PROTOCOL, (await a.ipfs.identity()).peer_id) as (host, port):
             async with b.http.get(f"http://{host}:{port}/api/status", headers={"Connection": "close"}) as response:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from daemon.answering.upstreams import Upstreams
 from daemon.engine.interface import ChatRequest, Delta, EmbeddingRequest, Sampling
 from daemon.engine.upstream.provider import Limits, UpstreamProvider
 from daemon.engine.upstream.reach import open_session
 from daemon.errors import Busy, ContextOverflow, InferenceError, ModelLoadError, NotFound, SwarmError, Unserved, UsageError
-from daemon.swarm.upstreams import Upstreams
 from tests.functional.asking import call, completion, events, free_slots, listed, request, token
 from tests.functional.nodes import Node
 from tests.functional.nodes import until as until_
@@ -363,7 +363,7 @@ async def test_two_nodes_with_the_same_upstream_model_back_each_other_up(server:
             for node, ours, theirs in ((a, first, server), (b, second, other)):
                 served = await ours.serve(theirs.url, "great-1", KEY, None)
                 node.serves(served.provider, served.offer.cid, "great-1", size=served.offer.size)
-                await c.announcer.join(node.announcer.address())
+                await c.gossip.join(node.gossip.pages.address())
                 await until(lambda node=node: c.sees(node, serving=True))  # type: ignore[misc]  # bound now
             server.handler = server.says(500, {"error": {"message": "boom"}})
             other.handler = other.streams(chunk("from the other"), chunk(None, "stop"))

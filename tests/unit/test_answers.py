@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from daemon.answering.answers import Answers, Deltas
+from daemon.answering.local import LocalModel
 from daemon.engine.interface import Candidate, ChatRequest, Delta, Embeddings, Request, TokenLogprob, ToolCallDelta, Usage
 from daemon.errors import (
     Busy,
@@ -25,11 +27,9 @@ from daemon.errors import (
     UsageError,
     VerificationError,
 )
-from daemon.swarm import wire
-from daemon.swarm.answers import Answers, Deltas
-from daemon.swarm.exchange import BODY_LIMIT, body, parse
-from daemon.swarm.relay import LocalModel
-from daemon.swarm.seal import FRAME_LIMIT
+from daemon.gossip.exchange import BODY_LIMIT, body, parse
+from daemon.peerchat import wire
+from daemon.peerchat.seal import FRAME_LIMIT
 from registry.cid import leaf_cid
 from registry.errors import Malformed
 from registry.records import Offer
@@ -292,7 +292,7 @@ async def test_this_node_is_asked_however_many_serve_the_model_better() -> None:
     local = LocalModel(replace(offers[0], free_slots=0, seeders=1), Here())  # type: ignore[arg-type]  # only answers matter
     nothing: Any = None
     table: Any = Gone(offers[1:])
-    answers = Answers(table, lambda: [local], lambda: [local.offer], ipfs=lambda: None, http=nothing, clock=lambda: 0.0)
+    answers = Answers(table, lambda: [local], lambda: [local.offer], ways=nothing, http=nothing, clock=lambda: 0.0)
     for model in ("tiny", None):
         answer = await answers.open(model, CHAT)
         assert answer.answered_by == nodes[0]

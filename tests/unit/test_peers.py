@@ -9,10 +9,10 @@ from types import MappingProxyType
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from daemon.buckets import Buckets
 from daemon.errors import Busy, Refused
+from daemon.gossip.peers import PeerTable, Standing
 from daemon.ledger import LedgerThread
-from daemon.swarm.limits import Buckets
-from daemon.swarm.peers import PeerTable, Standing
 from registry import announcement as rules
 from registry.cid import leaf_cid
 from registry.envelope import key_name, sign

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon.errors import Busy, VerificationError
-from daemon.swarm.seal import FRAME_LIMIT, REQUEST_LIMIT, ResponseOpener, ResponseSealer, SealKeys, seal_request
+from daemon.peerchat.seal import FRAME_LIMIT, REQUEST_LIMIT, ResponseOpener, ResponseSealer, SealKeys, seal_request
 
 NODE = "ed25519:" + "ab" * 32
 OTHER = "ed25519:" + "cd" * 32

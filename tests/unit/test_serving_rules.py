@@ -13,10 +13,10 @@ import pytest
 import pytest_asyncio
 from blake3 import blake3
 
+from daemon.answering.serving import Serving
 from daemon.engine.interface import Served, ServeOptions, Source
 from daemon.errors import ModelLoadError, NotFound, Refused, SwarmError
 from daemon.ledger import LedgerThread
-from daemon.swarm.serving import Serving
 from registry.records import GgufFacts, Identity, Model
 from registry.store import Ledger
 
@@ -168,7 +168,7 @@ async def test_a_file_is_hashed_once_for_each_stamp_and_each_time_it_is_served(p
         hashed.append(path)
         return KEY
 
-    monkeypatch.setattr("daemon.swarm.serving.digest", digest)
+    monkeypatch.setattr("daemon.answering.serving.digest", digest)
     await parts.serving.serve(MODEL, ServeOptions())
     source = parts.serving._files[KEY]
     await source.check()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import aiohttp
 
 from daemon.errors import Unserved, VerificationError
-from daemon.swarm.reach import CONNECT_S
+from daemon.peerapi.ways import CONNECT_S
 from registry import announcement as rules
 from registry import strictjson
 from registry.envelope import open_envelope
@@ -67,13 +67,13 @@ def speaker(envelope: bytes) -> Announcement:
 
 
 async def post(http: aiohttp.ClientSession, url: str, envelopes: Iterable[bytes]) -> list[bytes]:
-    """Give `envelopes` to the door at `url` and return what it gives. Raises `Unserved` or `VerificationError`."""
+    """Give `envelopes` to the peer API at `url` and return what it gives. Raises `Unserved` or `VerificationError`."""
     timeout = aiohttp.ClientTimeout(total=_EXCHANGE_S, sock_connect=CONNECT_S)
     headers = {"Content-Type": "application/json"}
     try:
         async with http.post(url + PATH, data=body(envelopes), headers=headers, timeout=timeout, allow_redirects=False) as response:
             if response.status != 200:
-                raise Unserved("peer", f"its door answered {response.status}")
+                raise Unserved("peer", f"its peer API answered {response.status}")
             data = await _bounded(response)
     except (aiohttp.ClientError, ConnectionError) as error:
         raise Unserved("peer", "nothing answers there") from error

@@ -34,7 +34,7 @@ from daemon.errors import (
     UsageError,
     VerificationError,
 )
-from daemon.swarm.seal import FRAME_LIMIT
+from daemon.peerchat.seal import FRAME_LIMIT
 from registry import strictjson
 from registry.errors import Malformed
 

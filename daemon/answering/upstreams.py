@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from daemon.answering.local import LocalModel
 from daemon.config import Network
 from daemon.engine.upstream.form import base_url
 from daemon.engine.upstream.provider import Limits, UpstreamProvider
 from daemon.engine.upstream.reach import open_session
 from daemon.errors import Ambiguous, NotFound, UsageError
-from daemon.swarm.relay import LocalModel
 from registry import codes, refs, upstream
 from registry.errors import Malformed
 from registry.manifest import MAX_NAME

@@ -10,11 +10,12 @@ from typing import TypeVar
 
 import aiohttp
 
+from daemon.answering.local import LocalModel
 from daemon.engine.interface import Delta, EmbeddingRequest, Embeddings, Provider, Request
 from daemon.errors import Ambiguous, BackendError, CallerError, InferenceError, NotFound, PeerError, SwarmError, Unserved, UsageError
-from daemon.ipfs.interface import IpfsNode
-from daemon.swarm.peers import PeerTable
-from daemon.swarm.relay import LocalModel, PeerProvider
+from daemon.gossip.peers import PeerTable
+from daemon.peerapi.ways import AUTO, NEVER, Ways
+from daemon.peerchat.provider import PeerProvider
 from daemon.waiting import close
 from registry import codes, routing
 from registry.errors import AmbiguousRef, Malformed
@@ -67,11 +68,12 @@ class Deltas:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """`answered_by` is a node key, `code` the full code of the model."""
+    """`answered_by` is a node key, `code` the full code of the model, `via` the node that relays the answer, if one does."""
 
     answered_by: str
     code: str
     name: str
+    via: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,35 +99,39 @@ class Answers:
         local: Callable[[], Sequence[LocalModel]],
         held: Callable[[], Sequence[Offer]],
         *,
-        ipfs: Callable[[], IpfsNode | None],
+        ways: Ways,
         http: aiohttp.ClientSession,
         clock: Callable[[], float],
     ) -> None:
         self._table = table
         self._local = local
         self._held = held
-        self._ipfs = ipfs
+        self._ways = ways
         self._http = http
         self._clock = clock
 
-    async def open(self, model: str | None, request: Request) -> Answer:
+    async def open(self, model: str | None, request: Request, *, via: str = AUTO) -> Answer:
         """The first answer that begins. `model` is a code, CID, magnet or name; None leaves the choice to the routing rule.
+
+        `via` is `auto`, `never` (no relay) or the node key of the relay through which the answer must come.
 
         Raises `NotFound`, `Ambiguous` or `UsageError` for `model`, `Unserved` when nobody answered (with each reason), and
         what the caller must change (`UsageError`) when that is why nobody did.
         """
-        return await self._first(model, lambda choice, provider: self._begin(choice, provider, request))
+        return await self._first(model, via, lambda choice, provider: self._begin(choice, provider, request))
 
     async def embed(self, model: str | None, request: EmbeddingRequest) -> Embedded:
         """The vectors of the first that gives them. Raises as `open` does."""
-        return await self._first(model, lambda choice, provider: self._embed(choice, provider, request))
+        return await self._first(model, AUTO, lambda choice, provider: self._embed(choice, provider, request))
 
-    async def _first(self, model: str | None, ask: Callable[[Choice, Provider], Awaitable[T]]) -> T:
+    async def _first(
+        self, model: str | None, via: str, ask: Callable[[Choice, Provider], Awaitable[T]]
+    ) -> T:
         """What the first candidate that does not fail says to `ask`."""
         local = {one.offer.cid: one for one in self._local()}
         failures: list[tuple[Choice, SwarmError]] = []
         for choice in self._candidates(model, local):
-            provider = self._provider(choice, local)
+            provider = self._provider(choice, local, via)
             if provider is None:
                 continue
             try:
@@ -156,14 +162,19 @@ class Answers:
             raise Unserved(what, why, "swarmctl pull brings it here, where it can be asked")
         return serving + here
 
-    def _provider(self, choice: Choice, local: Mapping[str, LocalModel]) -> Provider | None:
+    def _provider(
+        self, choice: Choice, local: Mapping[str, LocalModel], via: str
+    ) -> Provider | None:
         if choice.local:
             here = local.get(choice.offer.cid)
-            return here.provider if here is not None else None
+            # Who names a relay wants the answer from behind it.
+            return here.provider if here is not None and via in (AUTO, NEVER) else None
         peer = self._table.peer(choice.offer.node)
         if peer is None:
             return None
-        return PeerProvider(peer, choice.offer.cid, ipfs=self._ipfs, http=self._http, clock=self._clock)
+        return PeerProvider(
+            peer, choice.offer.cid, ways=self._ways, http=self._http, clock=self._clock, via=via
+        )
 
     async def _begin(self, choice: Choice, provider: Provider, request: Request) -> Answer:
         node = choice.offer.node
@@ -183,7 +194,8 @@ class Answers:
             if not choice.local:
                 self._table.record(node, latency, ok=well)
 
-        return Answer(node, _code(choice.offer), choice.offer.name, Deltas(first, deltas, ended))
+        told = (node, _code(choice.offer), choice.offer.name, _via(provider))
+        return Answer(*told, Deltas(first, deltas, ended))
 
     async def _embed(self, choice: Choice, provider: Provider, request: EmbeddingRequest) -> Embedded:
         node = choice.offer.node
@@ -195,7 +207,7 @@ class Answers:
         if not choice.local:
             # Its time says nothing of the time to a first token.
             self._table.record(node, None, ok=True)
-        return Embedded(node, _code(choice.offer), choice.offer.name, embeddings)
+        return Embedded(node, _code(choice.offer), choice.offer.name, _via(provider), embeddings)
 
     def _note_failure(self, choice: Choice, error: BaseException) -> None:
         """What the caller did wrong, or a question that was given up, says nothing about the node."""
@@ -205,6 +217,10 @@ class Answers:
 
 def _code(offer: Offer) -> str:
     return codes.codes_of(offer.cid, offer.infohash_v2)[0]
+
+
+def _via(provider: Provider) -> str | None:
+    return provider.relayed_by if isinstance(provider, PeerProvider) else None
 
 
 def _who(choice: Choice) -> str:

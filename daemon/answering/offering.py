@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from daemon.engine.interface import Served
-from daemon.swarm.relay import LocalModel
-from daemon.swarm.serving import Serving
-from daemon.swarm.upstreams import Upstreams
+from daemon.answering.local import LocalModel
+from daemon.answering.serving import Serving
+from daemon.answering.upstreams import Upstreams
+from daemon.engine.interface import Provider, Served
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.library import Library
 from registry.records import Model, Offer
@@ -31,6 +31,10 @@ class Offering:
     def served(self) -> list[LocalModel]:
         """The models that answer for everybody."""
         return [one for one in self.askable() if one.offer.serving]
+
+    def provider(self, cid: str) -> Provider | None:
+        """What answers for a model that is served here, by its CID."""
+        return next((one.provider for one in self.served() if one.offer.cid == cid), None)
 
     def askable(self) -> list[LocalModel]:
         """The models that this node's own user may ask: those that are only held are loaded then."""

@@ -9,23 +9,21 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Sequence, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
-
-import aiohttp
 
 from daemon.errors import SwarmError, Unserved, UsageError, VerificationError
+from daemon.gossip.ear import Ear
+from daemon.gossip.meeting import Meeting
+from daemon.gossip.peers import PeerTable
 from daemon.ipfs.interface import IpfsNode
 from daemon.ledger import LedgerThread
+from daemon.peerapi.server import PROTOCOL
+from daemon.peerapi.ways import Way, reach
 from daemon.supervise import Supervisor
-from daemon.swarm import exchange
-from daemon.swarm.peers import PeerTable
-from daemon.swarm.reach import first, reach
-from daemon.swarm.relay import PROTOCOL
 from registry.address import format_address, parse_address
 from registry.endpoints import peer_of
-from registry.records import Address, Announcement, Peer
+from registry.records import Address, Peer
 from registry.store import Ledger
 
 _log = logging.getLogger(__name__)
@@ -36,22 +34,7 @@ LONGEST_PAUSE_S = 60.0
 OLD_FRIENDS = 8  # remembered nodes tried at once by a node that hears nobody
 _JOINED = "swarm.joined"
 _LOOK_S = 0.5
-
-
-class Voice(Protocol):
-    """What joining needs of the node that joins."""
-
-    node: str
-
-    @property
-    def ipfs(self) -> IpfsNode | None: ...
-    @property
-    def heard(self) -> Set[str]:
-        """Nodes that said something since the start, or since IPFS came back."""
-        ...
-
-    async def own_pages(self) -> Sequence[bytes]: ...
-    async def take_in(self, envelopes: Sequence[bytes]) -> list[Announcement | str]: ...
+_BOTH_S = 1.5  # how long a join that has worked over one part waits for the other
 
 
 @dataclass(slots=True)
@@ -62,23 +45,29 @@ class _Contact:
 
 
 class Joiner:
-    """`join` are the addresses of the settings; they are tried like joined ones, but not written down."""
+    """`own` is our node key; `join` are the addresses of the settings: they are tried like joined ones, but not written down.
+    `ipfs` gives the IPFS node when it answers, or None when there is none within a while.
+    """
 
     def __init__(
         self,
-        voice: Voice,
+        own: str,
         *,
+        meeting: Meeting,
+        ear: Ear,
         table: PeerTable,
         ledger: LedgerThread,
         supervisor: Supervisor,
-        http: aiohttp.ClientSession,
+        ipfs: Callable[[], Awaitable[IpfsNode | None]],
         join: Sequence[Address] = (),
     ) -> None:
-        self._voice = voice
+        self._own = own
+        self._meeting = meeting
+        self._ear = ear
         self._table = table
         self._ledger = ledger
         self._supervisor = supervisor
-        self._http = http
+        self._ipfs = ipfs
         self._settings = join
         self._joined: dict[str, Address] = {}
         self._contacts: dict[str, _Contact] = {}
@@ -87,13 +76,13 @@ class Joiner:
         stored = await self._ledger.call(Ledger.get_meta, _JOINED)
         self._joined = {address.node: address for address in map(parse_address, json.loads(stored or "[]"))}
         for address in [*self._settings, *self._joined.values()]:
-            if address.node != self._voice.node:
+            if address.node != self._own:
                 self._contacts[format_address(address)] = _Contact(address)
         self._supervisor.run("rejoin", self._rejoin_forever, restart=True)
 
     async def join(self, address: Address) -> Peer:
         """Know the node at `address` from now on. Raises `UsageError` for our own, `Unserved` with each way that failed."""
-        if address.node == self._voice.node:
+        if address.node == self._own:
             raise UsageError("address", "it is this node's own", "use the address that status shows on the other node")
         peer = await self._meet(address)
         address = replace(address, node=peer.node)
@@ -104,60 +93,62 @@ class Joiner:
         self._contacts[format_address(address)] = _Contact(address)
         return peer
 
+    def peers(self) -> list[Peer]:
+        """The joined nodes, at the address that they announce now."""
+        found: list[Peer] = []
+        for contact in self._contacts.values():
+            node = contact.address.node
+            found.append(self._table.peer(node) or Peer(node, None, contact.address, 0, 0))
+        return found
+
     async def _meet(self, address: Address) -> Peer:
         """Connect over every part that both nodes have. Raises `Unserved` or `VerificationError` when none works."""
         ways: dict[str, Awaitable[Peer]] = {}
-        if address.http:
-            ways["HTTP"] = first(self._over_http(url, address.node) for url in address.http)
+        if address.http or address.relays:
+            ways["HTTP"] = self._meeting.meet(replace(address, ipfs=()))
         if address.ipfs:
             ways["IPFS"] = self._over_ipfs(address)
         if not ways:
-            raise Unserved("join", "the address has neither an IPFS nor an HTTP part", "copy it from the other node's status again")
-        results = await asyncio.gather(*ways.values(), return_exceptions=True)
-        reasons: list[str] = []
-        for way, result in zip(ways, results, strict=True):
-            if isinstance(result, Peer):
-                return result
-            if not isinstance(result, SwarmError):
-                raise result
-            reasons.append(f"{way}: {result.why}")
-        if any(isinstance(result, VerificationError) for result in results):
-            raise VerificationError("join", "; ".join(reasons), "check the address with whoever gave it")
-        raise Unserved("join", "; ".join(reasons), "check that the other node runs and that its address is current")
+            why = "the address has no part that this node can reach"
+            raise Unserved("join", why, "copy it from the other node's status again")
+        tasks = {name: asyncio.ensure_future(way) for name, way in ways.items()}
+        try:
+            return await self._first_peer(tasks)
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
 
-    async def _over_http(self, url: str, node: str) -> Peer:
-        envelopes = await exchange.post(self._http, url, await self._voice.own_pages())
-        if not envelopes:
-            raise Unserved("peer", "it says nothing about itself")
-        said = exchange.speaker(envelopes[0])
-        if node and said.node != node:
-            raise VerificationError("peer", "another node answers there")
-        heard = await self._voice.take_in(envelopes)
-        peer = self._table.peer(said.node)
-        if peer is None:
-            raise Unserved("peer", str(heard[0]))
-        return peer
+    async def _first_peer(self, tasks: Mapping[str, asyncio.Future[Peer]]) -> Peer:
+        """The peer, as soon as one part has worked and the other has had a fair chance."""
+        pending = set(tasks.values())
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            found = [task.result() for task in done if task.exception() is None]
+            if found:
+                if pending:
+                    await asyncio.wait(pending, timeout=_BOTH_S)
+                return found[0]
+        failures = {name: task.exception() for name, task in tasks.items()}
+        for error in failures.values():
+            if error is not None and not isinstance(error, SwarmError):
+                raise error
+        told = "; ".join(f"{name}: {error.why}" for name, error in failures.items() if isinstance(error, SwarmError))
+        if any(isinstance(error, VerificationError) for error in failures.values()):
+            raise VerificationError("join", told, "check the address with whoever gave it")
+        raise Unserved("join", told, "check that the other node runs and that its address is current")
 
     async def _over_ipfs(self, address: Address) -> Peer:
-        ipfs = self._voice.ipfs
+        ipfs = await self._ipfs()
         if ipfs is None:
             raise Unserved("peer", "IPFS is not running here")
         peer_id = peer_of(address.ipfs[0])
         await reach(ipfs, peer_id, address.ipfs)
         async with ipfs.dial(PROTOCOL, peer_id) as (host, port):
-            peer = await self._over_http(f"http://{host}:{port}", address.node)
+            peer = await self._meeting.over(Way(f"http://{host}:{port}"), address.node)
         if peer.peer_id != peer_id:
             raise VerificationError("peer", "another node answers there")
         return peer
-
-    def doors(self) -> list[str]:
-        """Doors of the joined nodes, at the address that they announce now."""
-        found: list[str] = []
-        for contact in self._contacts.values():
-            peer = self._table.peer(contact.address.node)
-            urls = peer.address.http if peer is not None else contact.address.http
-            found += urls[:1]
-        return found
 
     async def _rejoin_forever(self) -> None:
         alone = _Contact(Address(""))
@@ -165,11 +156,11 @@ class Joiner:
             now = time.monotonic()
             due = [contact for contact in self._contacts.values() if contact.due <= now and self._away(contact)]
             await asyncio.gather(*(self._try(contact) for contact in due))
-            if not self._voice.heard and alone.due <= now:
+            if not self._ear.heard and alone.due <= now:
                 old = [peer.address for peer in self._table.remembered()[:OLD_FRIENDS]]
                 await asyncio.gather(*(self._try(_Contact(address)) for address in old))
                 alone.due, alone.pause = now + alone.pause, min(2 * alone.pause, LONGEST_PAUSE_S)
-            elif self._voice.heard:
+            elif self._ear.heard:
                 alone.pause = FIRST_PAUSE_S
             await asyncio.sleep(_LOOK_S)
 
@@ -177,11 +168,11 @@ class Joiner:
         node = contact.address.node
         peer = self._table.peer(node)
         live = peer is not None and any(one is peer for one in self._table.peers())
-        return not live or node not in self._voice.heard
+        return not live or node not in self._ear.heard
 
     async def _try(self, contact: _Contact) -> None:
         address = contact.address
-        if not address.ipfs and not address.http:
+        if not address.ipfs and not address.http and not address.relays:
             return
         try:
             peer = await self._meet(address)

@@ -6,14 +6,14 @@ import os
 import time
 from typing import Any
 
+from daemon.answering.serving import Serving
+from daemon.answering.upstreams import Upstreams
 from daemon.api import views
 from daemon.config import Config
 from daemon.errors import SwarmError
 from daemon.ipfs.keeper import IpfsKeeper
+from daemon.node.connectivity import Connectivity
 from daemon.supervise import Supervisor
-from daemon.swarm.announce import Announcer
-from daemon.swarm.serving import Serving
-from daemon.swarm.upstreams import Upstreams
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.library import Library
 from daemon.transfer.transfers import FINAL, Transfers
@@ -33,7 +33,7 @@ class Status:
         transfers: Transfers,
         serving: Serving,
         upstreams: Upstreams,
-        announcer: Announcer,
+        connectivity: Connectivity,
         supervisor: Supervisor,
     ) -> None:
         self._config = config
@@ -45,12 +45,12 @@ class Status:
         self._transfers = transfers
         self._serving = serving
         self._upstreams = upstreams
-        self._announcer = announcer
+        self._connectivity = connectivity
         self._supervisor = supervisor
         self.api = ""  # known once the API listens
 
     async def read(self) -> dict[str, Any]:
-        address = self._announcer.address()
+        address = self._connectivity.gossip.pages.address()
         ipfs = await self._ipfs()
         keys = self._serving.served().keys()
         served = [model.identity for model in self._library.models() if model.identity.blake3 in keys]

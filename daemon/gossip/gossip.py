@@ -1,0 +1,177 @@
+"""The gossip of a node: its own pages, its ear, its pace, and the transports that carry what it says.
+
+Whatever changes outdates the pages and hurries the pace; one loop says them over every transport. Close it before IPFS is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+import aiohttp
+
+from daemon.errors import SwarmError
+from daemon.gossip.ear import Ear
+from daemon.gossip.http import Http
+from daemon.gossip.joining import Joiner
+from daemon.gossip.meeting import Meeting
+from daemon.gossip.pace import PACE_S, Pace
+from daemon.gossip.pages import OwnPages
+from daemon.gossip.peers import PeerTable
+from daemon.gossip.pubsub import Pubsub
+from daemon.gossip.transport import Transport
+from daemon.ipfs.interface import IpfsNode
+from daemon.ledger import LedgerThread
+from daemon.peerapi.limits import Limits
+from daemon.peerapi.server import Route
+from daemon.peerapi.ways import Ways
+from daemon.supervise import Supervisor
+from registry.records import Address, Announcement, Peer
+
+_log = logging.getLogger(__name__)
+
+FAREWELL_S = 0.5
+
+
+class Gossip:
+    """`ipfs_within` gives the IPFS node when it answers in a while; `join` are the addresses of the settings."""
+
+    def __init__(
+        self,
+        pages: OwnPages,
+        *,
+        table: PeerTable,
+        ledger: LedgerThread,
+        supervisor: Supervisor,
+        ways: Ways,
+        http: aiohttp.ClientSession,
+        ipfs_within: Callable[[], Awaitable[IpfsNode | None]],
+        heartbeat_s: float,
+        join: Sequence[Address] = (),
+        limits: Limits | None = None,
+    ) -> None:
+        self.pages = pages
+        self.pace = Pace(heartbeat_s, lambda: len(table.peers()))
+        self.ear = Ear(table, greet=self.pace.answer, pass_on=self._pass_on)
+        self.meeting = Meeting(
+            ways, http, self.ear, table, own_pages=self.own_pages, bridge=self._with_ipfs
+        )
+        self.pubsub = Pubsub(
+            self.ear, supervisor, on_neighbour=self._on_neighbour, on_heard=self._on_heard
+        )
+        self.joiner = Joiner(
+            pages.node,
+            meeting=self.meeting,
+            ear=self.ear,
+            table=table,
+            ledger=ledger,
+            supervisor=supervisor,
+            ipfs=ipfs_within,
+            join=join,
+        )
+        self.http = Http(
+            pages,
+            self.meeting,
+            self.ear,
+            table,
+            supervisor,
+            joined=self.joiner.peers,
+            with_ipfs=self._with_ipfs,
+            lifetime_s=lambda: self.pace.lifetime_s,
+            limits=limits,
+        )
+        self.transports: list[Transport] = [self.http, self.pubsub]
+        self._table = table
+        self._supervisor = supervisor
+
+    async def start(self, streams_port: int) -> None:
+        """`streams_port` is where the peer API takes what comes through IPFS."""
+        self.pubsub.streams_port = streams_port
+        await self.pages.open()
+        self.pace.speak()
+        self._supervisor.run("announce", self._speak_forever, restart=True)
+        await self.joiner.start()
+
+    async def close(self) -> None:
+        """Say good-bye, so that nobody asks a node that is gone. Takes at most about `FAREWELL_S`. Idempotent."""
+        self.pace.close()
+        await self._supervisor.stop("rejoin")
+        await self._supervisor.stop("announce")
+        if not self.pages.said:
+            return
+        try:
+            async with asyncio.timeout(FAREWELL_S):
+                page = await self.pages.farewell()
+                words = (transport.farewell(page) for transport in self.transports)
+                await asyncio.gather(*words, return_exceptions=True)
+        except TimeoutError:
+            _log.debug("there was no time for a farewell")
+
+    # -- what others call -------------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """Something that we announce is different: say so soon."""
+        self.pages.outdate()
+        self.pace.speak()
+
+    async def join(self, address: Address) -> Peer:
+        """Know the node at `address` from now on. Raises `UsageError` for our own address, `Unserved` with each way that failed."""
+        peer = await self.joiner.join(address)
+        self.changed()
+        return peer
+
+    async def receive(self, envelope: bytes) -> Announcement:
+        """Believe an announcement if it holds. Raises `Malformed`, `NotVerified`, `Stale`, `Refused` or `Busy`."""
+        return await self.ear.receive(envelope)
+
+    async def own_pages(self) -> list[bytes]:
+        """Our signed pages as things are now."""
+        return await self.pages.current(self.pace.lifetime_s)
+
+    def routes(self) -> Sequence[Route]:
+        return self.http.routes()
+
+    async def on_ipfs_ready(self, node: IpfsNode) -> None:
+        """An IPFS node answers (for the first time, or again). Raises `Unavailable`."""
+        self.ear.forget()
+        await self.pubsub.on_ipfs_ready(node)
+        # Pages without our peer id would look like another node's to whoever comes over IPFS.
+        self.pages.hello = True
+        self.changed()
+
+    async def on_ipfs_gone(self) -> None:
+        """The IPFS node is gone: stop using it. Without one this does nothing."""
+        if self.pubsub.node is not None:
+            self.ear.forget()
+        await self.pubsub.on_ipfs_gone()
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _with_ipfs(self) -> bool:
+        return self.pubsub.node is not None
+
+    def _pass_on(self, envelope: bytes) -> None:
+        if self._with_ipfs():
+            self.pubsub.pass_on(envelope)
+            self.pace.speak()
+
+    def _on_neighbour(self) -> None:
+        self.pace.speak()
+
+    def _on_heard(self, said: Announcement) -> None:
+        self.http.spread(said)
+
+    async def _speak_forever(self) -> None:
+        while True:
+            if not await self.pace.wait():
+                await self._table.prune()
+            pages = await self.pages.renew(self.pace.lifetime_s)
+            for transport in self.transports:
+                try:
+                    await transport.say(pages)
+                except SwarmError as error:
+                    _log.debug("%s: %s", type(transport).__name__, error)
+            # A hello that nobody could hear is said again to the first neighbour.
+            self.pages.hello = not self.pubsub.neighbours
+            await asyncio.sleep(PACE_S)

@@ -1,0 +1,157 @@
+"""Pages over HTTP between peer APIs: the transport for nodes that pubsub does not reach.
+
+Told are the nodes that we joined; without IPFS also the last that told us, and some others, chosen by chance. Chance alone would
+leave out a node that has nobody but us, the more so the more nodes have left without a word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from aiohttp import web
+
+from daemon.buckets import Buckets
+from daemon.errors import Busy, SwarmError, UsageError
+from daemon.gossip import exchange
+from daemon.gossip.ear import Ear
+from daemon.gossip.meeting import Meeting
+from daemon.gossip.pages import OwnPages
+from daemon.gossip.peers import PeerTable
+from daemon.peerapi.limits import Limits
+from daemon.peerapi.server import Route, read_body, source_of
+from daemon.supervise import Supervisor
+from registry.errors import Malformed
+from registry.records import Announcement, Peer
+
+_log = logging.getLogger(__name__)
+
+TOLD = 8  # nodes told besides the joined ones: the last that told us, and as many of the others
+
+
+class Http:
+    """`joined` are the nodes that a person joined, `with_ipfs` says whether pubsub can be used, `lifetime_s` how long pages
+    count.
+    """
+
+    def __init__(
+        self,
+        pages: OwnPages,
+        meeting: Meeting,
+        ear: Ear,
+        table: PeerTable,
+        supervisor: Supervisor,
+        *,
+        joined: Callable[[], Iterable[Peer]],
+        with_ipfs: Callable[[], bool],
+        lifetime_s: Callable[[], float],
+        limits: Limits | None = None,
+    ) -> None:
+        limits = limits or Limits()
+        self._pages = pages
+        self._meeting = meeting
+        self._ear = ear
+        self._table = table
+        self._supervisor = supervisor
+        self._joined = joined
+        self._with_ipfs = with_ipfs
+        self._lifetime_s = lifetime_s
+        self._newest: Sequence[bytes] = ()
+        self._tell_again: set[str] = set()
+        self._told_by: deque[str] = deque(maxlen=TOLD)  # the last nodes that spoke to us themselves
+        self._random = random.Random()
+        self._exchanges = Buckets(
+            rate=limits.announce_rate, burst=limits.announce_burst, clock=time.monotonic
+        )
+        self._envelopes = Buckets(
+            rate=limits.envelopes_rate, burst=limits.envelopes_burst, clock=time.monotonic
+        )
+
+    # -- Transport ----------------------------------------------------------------------------------------------------
+
+    async def say(self, pages: Sequence[bytes]) -> None:
+        self._newest = pages
+        for peer in self._told():
+            self._tell(peer)
+
+    async def farewell(self, pages: Sequence[bytes]) -> None:
+        words = (self._meeting.tell(peer, pages) for peer in self._told())
+        await asyncio.gather(*words, return_exceptions=True)
+
+    def spread(self, said: Announcement) -> None:
+        """Somebody was heard over pubsub: tell those that pubsub does not reach."""
+        without = [peer for peer in self._table.peers() if peer.peer_id is None]
+        for peer in [peer for peer in without if _can_be_told(peer)][:TOLD]:
+            self._tell(peer)
+
+    # -- what others ask ----------------------------------------------------------------------------------------------
+
+    def routes(self) -> Sequence[Route]:
+        return [Route("POST", exchange.PATH, self._exchange)]
+
+    async def _exchange(self, request: web.Request) -> web.Response:
+        source = source_of(request)
+        if not self._exchanges.take(source):
+            raise Busy("announcements", "they come too fast", "slow down")
+        data = await read_body(request, exchange.BODY_LIMIT, "application/json")
+        try:
+            envelopes = exchange.parse(data)
+        except Malformed as error:
+            raise UsageError("announcements", str(error)) from error
+        if not self._envelopes.take(source, cost=len(envelopes)):
+            raise Busy("announcements", "they are too many", "slow down")
+        answer = exchange.body(await self.exchange(envelopes))
+        return web.Response(body=answer, content_type="application/json")
+
+    async def exchange(self, envelopes: Sequence[bytes]) -> list[bytes]:
+        """One exchange: take in what is right of `envelopes`, give back ours and those of the others."""
+        heard = await self._ear.take_in(envelopes)
+        if heard and isinstance(heard[0], Announcement):  # whoever speaks puts itself first
+            self._note_teller(heard[0].node)
+        own = await self._pages.current(self._lifetime_s())
+        return self._meeting.answer(own, envelopes)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _told(self) -> list[Peer]:
+        reached_otherwise = self._with_ipfs()
+        known = {
+            peer.node: peer
+            for peer in self._table.peers()
+            if _can_be_told(peer) and not (reached_otherwise and peer.peer_id is not None)
+        }
+        told_by = [known[node] for node in self._told_by if node in known]
+        others = self._random.sample(list(known.values()), min(TOLD, len(known)))
+        return list({peer.node: peer for peer in [*self._joined(), *told_by, *others]}.values())
+
+    def _note_teller(self, node: str) -> None:
+        if node in self._told_by:
+            self._told_by.remove(node)
+        self._told_by.append(node)
+
+    def _tell(self, peer: Peer) -> None:
+        """Give a node our pages in the background; one at a time, always the newest."""
+        name = f"tell {peer.node}"
+        if name in self._supervisor.state():
+            self._tell_again.add(peer.node)
+        else:
+            self._supervisor.run(name, lambda: self._tell_newest(peer), restart=False)
+
+    async def _tell_newest(self, peer: Peer) -> None:
+        while True:
+            self._tell_again.discard(peer.node)
+            try:
+                await self._meeting.tell(self._table.peer(peer.node) or peer, self._newest)
+            except SwarmError as error:
+                _log.debug("telling %s: %s", peer.node[:16], error)
+                return
+            if peer.node not in self._tell_again:
+                return
+
+
+def _can_be_told(peer: Peer) -> bool:
+    return bool(peer.address.http or peer.address.relays)

@@ -1,0 +1,297 @@
+"""The ways to another node's peer API, and the first of them that works.
+
+    direct    a URL that it announces
+    libp2p    a stream through both nodes' IPFS, which goes through most NATs
+    relayed   through a third node that the other one asked to carry for it; that node sees sealed frames
+
+Direct ways and libp2p are tried at once. Relays follow a moment later, or when nothing else is left, so that an answer does not
+wait for a hole to be punched. A way counts when the node at its end says that it is the one that is meant; what is sent over it
+afterwards is sealed or signed, so that a lie leads nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import aiohttp
+
+from daemon.config import Network
+from daemon.errors import SwarmError, Unserved, VerificationError
+from daemon.ipfs.interface import IpfsNode
+from daemon.peerapi.ping import ping
+from daemon.peerapi.server import PROTOCOL
+from registry import ranges
+from registry.endpoints import peer_of, relay_address
+from registry.records import Address, Peer
+
+T = TypeVar("T")
+
+CONNECT_S = 5.0  # for one way to a peer
+RELAYS_AFTER_S = 0.3  # head start of the ways without a relay
+_URLS_TRIED = 3
+_MULTIADDRS_TRIED = 8
+
+AUTO, NEVER = "auto", "never"  # of `via`; anything else is the node key of a relay
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The base `url` at which a peer's peer API is reached from here; `via` is the relay's node key, None without one."""
+
+    url: str
+    via: str | None = None
+
+
+class Relays(Protocol):
+    """The asking half of relaying (daemon/relaying)."""
+
+    def through(self, relay: Way, node: str) -> AbstractAsyncContextManager[str]:
+        """A base URL on loopback that leads through the peer API of `relay` to `node`'s. Raises `Unserved` or `Busy`."""
+        ...
+
+    def carried_here(self, node: str) -> AbstractAsyncContextManager[str] | None:
+        """The same for a node that this one carries for; None when it does not."""
+        ...
+
+
+class Ways:
+    """`ipfs` gives the node while it answers; `network` is the kind of network this node lives in; `relays` is set once."""
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        ipfs: Callable[[], IpfsNode | None],
+        http: aiohttp.ClientSession,
+    ) -> None:
+        self._network = network
+        self._ipfs = ipfs
+        self._http = http
+        self.relays: Relays | None = None
+        self._answers = 0
+
+    @property
+    def answering(self) -> bool:
+        """Whether somebody waits for an answer that comes over one of them."""
+        return self._answers > 0
+
+    @contextmanager
+    def an_answer(self) -> Iterator[None]:
+        """An answer comes over one of them while the context lasts: what carries it must not be taken away."""
+        self._answers += 1
+        try:
+            yield
+        finally:
+            self._answers -= 1
+
+    @asynccontextmanager
+    async def to(
+        self, peer: Peer, *, via: str = AUTO, deadline_s: float = CONNECT_S
+    ) -> AsyncIterator[Way]:
+        """The first way to a peer's peer API that works; it stays open while the context lasts.
+
+        Raises `Unserved` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
+        """
+        stack, way = await self._first(self._candidates(peer, via), peer.node, deadline_s)
+        async with stack:
+            yield way
+
+    @asynccontextmanager
+    async def to_address(
+        self, address: Address, *, deadline_s: float = CONNECT_S
+    ) -> AsyncIterator[Way]:
+        """The same for an address that a person gave: it may name any host."""
+        peer = Peer(address.node, _peer_id(address), address, 0, 0)
+        ways = self._candidates(peer, AUTO, named_by_a_person=True)
+        stack, way = await self._first(ways, address.node, deadline_s)
+        async with stack:
+            yield way
+
+    # -- which ways there are ---------------------------------------------------------------------------------------
+
+    def _candidates(
+        self, peer: Peer, via: str, *, named_by_a_person: bool = False
+    ) -> list[_Candidate]:
+        address = peer.address
+        found: list[_Candidate] = []
+        if via in (AUTO, NEVER):
+            urls = [
+                url
+                for url in address.http
+                if named_by_a_person or ranges.allows_url(self._network, url)
+            ]
+            found += [_Candidate(_open_url(url)) for url in urls[:_URLS_TRIED]]
+            if peer.peer_id is not None:
+                found.append(_Candidate(self._libp2p(peer.peer_id, address.ipfs)))
+        if via != NEVER:
+            found += self._relayed(peer, via)
+        return found
+
+    def _relayed(self, peer: Peer, via: str) -> list[_Candidate]:
+        relays = self.relays
+        if relays is None:
+            return []
+        delay = RELAYS_AFTER_S if via == AUTO else 0.0
+        here = relays.carried_here(peer.node) if via == AUTO else None
+        if here is not None:
+            return [_Candidate(_open(here, None), 0.0)]
+        points = [relay_address(point) for point in peer.address.relays]
+        return [
+            _Candidate(self._over(relays, point, peer.node), delay)
+            for point in points
+            if via in (AUTO, point.node)
+        ]
+
+    @asynccontextmanager
+    async def _libp2p(self, peer_id: str, multiaddrs: Sequence[str]) -> AsyncIterator[Way]:
+        node = self._ipfs()
+        if node is None:
+            raise Unserved("peer", "IPFS is not running here")
+        allowed = [one for one in multiaddrs if ranges.allows_multiaddr(self._network, one)]
+        await reach(node, peer_id, allowed)
+        async with node.dial(PROTOCOL, peer_id) as (host, port):
+            yield Way(f"http://{host}:{port}")
+
+    @asynccontextmanager
+    async def _over(self, relays: Relays, relay: Address, node: str) -> AsyncIterator[Way]:
+        carrier = Peer(relay.node, _peer_id(relay), relay, 0, 0)
+        async with (
+            self.to(carrier, via=NEVER) as first_leg,
+            relays.through(first_leg, node) as url,
+        ):
+            yield Way(url, relay.node)
+
+    # -- the first that works -----------------------------------------------------------------------------------------
+
+    async def _first(
+        self, candidates: Sequence[_Candidate], node: str, deadline_s: float
+    ) -> tuple[AsyncExitStack, Way]:
+        if not candidates:
+            raise Unserved("peer", "there is no way to it", "check that it runs, and its address")
+        race = _Race(len(candidates))
+        return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+
+    async def _attempt(
+        self, candidate: _Candidate, node: str, deadline_s: float, race: _Race
+    ) -> tuple[AsyncExitStack, Way]:
+        try:
+            await race.wait(candidate.delay_s)
+            async with AsyncExitStack() as stack:
+                try:
+                    async with asyncio.timeout(deadline_s):
+                        way = await stack.enter_async_context(candidate.way)
+                        found = await ping(self._http, way.url, deadline_s=deadline_s)
+                except TimeoutError:
+                    why = f"no answer within {deadline_s:g} s"
+                    raise Unserved("peer", why, "try again") from None
+                if node and found != node:
+                    raise VerificationError("peer", "another node answers there")
+                return stack.pop_all(), way
+        finally:
+            race.failed_or_won()
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A way, and how long the others have a head start."""
+
+    way: AbstractAsyncContextManager[Way]
+    delay_s: float = 0.0
+
+
+class _Race:
+    """Lets those that wait start when nobody else is left."""
+
+    def __init__(self, runners: int) -> None:
+        self._running = runners
+        self._waiting = 0
+        self._alone = asyncio.Event()
+
+    async def wait(self, delay_s: float) -> None:
+        if not delay_s:
+            return
+        self._waiting += 1
+        self._look()
+        try:
+            async with asyncio.timeout(delay_s):
+                await self._alone.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting -= 1
+
+    def failed_or_won(self) -> None:
+        self._running -= 1
+        self._look()
+
+    def _look(self) -> None:
+        if self._waiting and self._waiting >= self._running:
+            self._alone.set()
+
+
+@asynccontextmanager
+async def _open_url(url: str) -> AsyncIterator[Way]:
+    yield Way(url)
+
+
+@asynccontextmanager
+async def _open(
+    tunnel: AbstractAsyncContextManager[str], via: str | None
+) -> AsyncIterator[Way]:
+    async with tunnel as url:
+        yield Way(url, via)
+
+
+def _peer_id(address: Address) -> str | None:
+    return peer_of(address.ipfs[0]) if address.ipfs else None
+
+
+async def first(ways: Iterable[Coroutine[Any, Any, T]]) -> T:
+    """What the first way to succeed returns; the others are cancelled.
+
+    When all fail with a `SwarmError`: raises the only one, else `Unserved` with every reason. Any other exception at once.
+    What a way that came second holds open is closed.
+    """
+    tasks = [asyncio.create_task(way) for way in ways]
+    failures: list[SwarmError] = []
+    winner: T | None = None
+    try:
+        for done in asyncio.as_completed(tasks):
+            try:
+                winner = await done
+                return winner
+            except SwarmError as error:
+                failures.append(error)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*(_let_go(task, winner) for task in tasks))
+    if len(failures) == 1:
+        raise failures[0]
+    if failures and all(isinstance(failure, VerificationError) for failure in failures):
+        raise failures[0]
+    reasons = dict.fromkeys(failure.why for failure in failures)
+    raise Unserved("peer", "; ".join(reasons) or "there is no way to it", "check that it runs, and its address")
+
+
+async def _let_go(task: asyncio.Task[Any], winner: Any) -> None:
+    await asyncio.wait({task})
+    if task.cancelled() or task.exception() is not None or task.result() is winner:
+        return
+    match task.result():
+        case (AsyncExitStack() as stack, _):
+            await stack.aclose()
+
+
+async def reach(node: IpfsNode, peer_id: str, addresses: Sequence[str]) -> None:
+    """Be connected to `peer_id` over libp2p. Raises `Unserved` when none of its addresses works, `Unavailable` without IPFS."""
+    if peer_id in await node.peers():
+        return
+    own = [address for address in addresses if address.endswith(f"/p2p/{peer_id}")]
+    # Without any address the DHT may still know one.
+    tried = own[:_MULTIADDRS_TRIED] or [f"/p2p/{peer_id}"]
+    await first(node.connect(address, deadline_s=CONNECT_S) for address in tried)

@@ -1,0 +1,158 @@
+"""A chat with another node, the asking half: a `Provider` whose answers come from a peer.
+
+The body is sealed to the serving node (seal.py), so whatever lies between sees sizes and times only. Closing the answer closes
+the connection, and that cancels the generation on the far side.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, aclosing
+
+import aiohttp
+
+from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Request
+from daemon.errors import Busy, InferenceError, PeerError, SwarmError, Unserved
+from daemon.peerapi.ways import AUTO, CONNECT_S, Ways
+from daemon.peerchat import wire
+from daemon.peerchat.seal import REQUEST_TYPE, RESPONSE_TYPE, ResponseOpener, seal_request
+from daemon.peerchat.server import PATH
+from registry.records import Peer
+
+STALL_S = 20.0  # silence after which the asker gives a node up
+ANSWER_LIMIT = 64 << 20  # bytes of one sealed answer
+
+
+class PeerProvider:
+    """Chats with one model of one peer. A `Provider`; `clock` gives unix seconds, `via` is as for `Ways.to`.
+
+    `relayed_by` is the node key of the relay that carries the answer, once it has begun; None without one.
+    """
+
+    def __init__(
+        self,
+        peer: Peer,
+        cid: str,
+        *,
+        ways: Ways,
+        http: aiohttp.ClientSession,
+        clock: Callable[[], float],
+        via: str = AUTO,
+        connect_s: float = CONNECT_S,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self.relayed_by: str | None = None
+        self._peer = peer
+        self._cid = cid
+        self._ways = ways
+        self._via = via
+        self._connect_s = connect_s
+        self._http = http
+        self._clock = clock
+        self._stall_s = stall_s
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """Nodes do not announce theirs; one that cannot says so."""
+        return CAPABILITIES
+
+    async def embed(self, request: EmbeddingRequest) -> Embeddings:
+        """Raises `Unserved` or `Busy`: another node can be asked."""
+        async with AsyncExitStack() as stack:
+            response, opener = await self._ask(stack, wire.question(self._cid, request))
+            frames = await stack.enter_async_context(aclosing(self._frames(response, opener)))
+            joiner = wire.VectorsJoiner()
+            async for said in frames:
+                if not isinstance(said, wire.Vectors):
+                    raise _out_of_place()
+                embeddings = joiner.take(said)
+                if embeddings is not None and len(embeddings.vectors) == len(request.inputs):
+                    return embeddings
+                if embeddings is not None:
+                    raise _out_of_place()
+        raise Unserved("peer", "it ended its answer before it began")
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Raises `Unserved` or `Busy` while another node can still be asked, `InferenceError` once text has come."""
+        question = wire.question(self._cid, request)
+        begun = False
+        async with AsyncExitStack() as stack:
+            response, opener = await self._ask(stack, question)
+            deltas = await stack.enter_async_context(aclosing(self._frames(response, opener)))
+            try:
+                async for delta in deltas:
+                    if not isinstance(delta, Delta):
+                        raise _out_of_place()
+                    begun = begun or bool(delta.text or delta.tool_calls)
+                    yield delta
+                    if delta.finish is not None:
+                        return
+            except Unserved as error:
+                if not begun:
+                    raise
+                raise InferenceError("answer", f"{error.why} in the middle", "ask again") from error
+
+    async def _ask(
+        self, stack: AsyncExitStack, question: bytes
+    ) -> tuple[aiohttp.ClientResponse, ResponseOpener]:
+        """The response to the sealed question, over the first way that works; `stack` closes it."""
+        stack.enter_context(self._ways.an_answer())
+        sealed, opener = self._seal(question)
+        way = await stack.enter_async_context(
+            self._ways.to(self._peer, via=self._via, deadline_s=self._connect_s)
+        )
+        self.relayed_by = way.via
+        response = await self._post(way.url, sealed)
+        stack.callback(response.close)
+        return response, opener
+
+    def _seal(self, question: bytes) -> tuple[bytes, ResponseOpener]:
+        keys = [key for key in self._peer.seal_keys if key.expires > self._clock()]
+        if not keys:
+            raise Unserved("peer", "it announced no key for sealed chat that is still good")
+        return seal_request(question, node=self._peer.node, key=max(keys, key=lambda key: key.expires))
+
+    async def _post(self, url: str, sealed: bytes) -> aiohttp.ClientResponse:
+        headers = {"Content-Type": REQUEST_TYPE, "Connection": "close"}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self._stall_s)
+        body = io.BytesIO(sealed)
+        try:
+            response = await self._http.post(url + PATH, data=body, headers=headers, timeout=timeout, allow_redirects=False)
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            raise Unserved("peer", "it cannot be reached") from error
+        if response.status == 200 and response.content_type == RESPONSE_TYPE:
+            return response
+        # Anybody on the way could have written this, so it says no more than "try elsewhere".
+        response.close()
+        if response.status == 429:
+            raise Busy("peer", "it has as many chats as it takes", "try again soon")
+        raise Unserved("peer", f"its peer API answered {response.status}")
+
+    async def _frames(self, response: aiohttp.ClientResponse, opener: ResponseOpener) -> AsyncGenerator[Delta | wire.Vectors, None]:
+        received = 0
+        while data := await self._read(response):
+            received += len(data)
+            if received > ANSWER_LIMIT:
+                raise PeerError("answer", "it is larger than any answer may be", "ask another node")
+            for frame in opener.feed(data):
+                match wire.parse_frame(frame):
+                    case SwarmError() as error:
+                        raise error
+                    case Delta() | wire.Vectors() as said:
+                        yield said
+        opener.end()
+        raise InferenceError("answer", "it ended without saying how", "ask again")
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        try:
+            # The socket's read timeout is the stall timer: a living node sends a frame every few seconds.
+            return await response.content.readany()
+        except TimeoutError as error:
+            raise Unserved("peer", "it fell silent", "ask another node") from error
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise Unserved("peer", "the connection to it broke", "ask another node") from error
+
+
+def _out_of_place() -> PeerError:
+    return PeerError("answer", "it is of another kind than the question", "ask another node")
