@@ -19,6 +19,8 @@ from daemon.errors import UsageError
 
 Network = Literal["public", "lan", "loopback"]
 
+RELAYING = ("auto", "on", "off")  # values of swarm.relay
+
 LONGEST_KEEP_ALIVE = 366 * 24 * 3600  # seconds; -1 is for ever
 
 # Names of the environment that belong to the command line and are no settings.
@@ -53,6 +55,10 @@ class Swarm:
     port: int = 0
     join: tuple[str, ...] = ()  # addresses of nodes to know from the start, separated by spaces
     heartbeat: int = 60  # seconds between announcements when nothing changes
+    open: bool = False  # public only: strangers on the internet may reach the peer API
+    relay: str = "auto"  # carry for nodes that ask for it: "auto" (where public), "on" or "off"
+    relay_bytes: bool = False  # carry the bytes of models for them too
+    rendezvous: bool = True  # be found on the DHTs by the swarm's key and the codes of models here
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +227,9 @@ def _check(config: Config) -> None:
         raise UsageError("engine.keep_alive", f"{config.engine.keep_alive:g} s is more than a year", "use -1 for ever")
     if config.swarm.heartbeat < 1:
         raise UsageError("swarm.heartbeat", f"{config.swarm.heartbeat} s is too often", "use at least 1")
+    if config.swarm.relay not in RELAYING:
+        why = f"{config.swarm.relay!r} is none of its values"
+        raise UsageError("swarm.relay", why, "use auto, on or off")
     if not config.ipfs.enabled and not config.torrent.enabled:
         raise UsageError("ipfs.enabled and torrent.enabled", "both are off", "a node needs one of them")
     if config.engine.slots < 1 or config.engine.context < 64 or config.engine.batch < 64:

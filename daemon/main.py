@@ -332,6 +332,7 @@ class _Daemon:
             voice.upstreams, voice.gossip, voice.supervisor,
         )  # fmt: skip
         services = Services(
+            config=config, reached_via=voice.ways.via,
             library=has.library, pull=pull, publish=publish, transfers=transfers, serving=voice.serving,
             upstreams=voice.upstreams, peers=voice.peers, own_offers=voice.offering.offers,
             gossip=voice.gossip, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,

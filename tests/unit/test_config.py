@@ -23,6 +23,9 @@ from daemon.errors import UsageError
         ("[engine]\nmemory = -1", "engine.memory"), ("[engine]\nslots = 0", "engine"), ("[swarm]\nheartbeat = 0", "swarm.heartbeat"),
         ("[engine]\nkeep_alive = inf", "engine.keep_alive"), ("[swarm]\njoin = 3", "swarm.join"),
         ("network = 'loopback'\n[swarm]\nhost = '0.0.0.0'", "swarm.host"),
+        ("[swarm]\nrelay = 'sometimes'", "swarm.relay"), ("[swarm]\nrelay = true", "swarm.relay"),
+        ("[swarm]\nrelay_bytes = 2", "swarm.relay_bytes"), ("[swarm]\nopen = 'wide'", "swarm.open"),
+        ("[swarm]\nrendezvous = []", "swarm.rendezvous"),
     ],
 )  # fmt: skip
 def test_a_config_that_is_wrong(tmp_path: Path, text: str, culprit: str) -> None:
