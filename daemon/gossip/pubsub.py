@@ -88,7 +88,7 @@ class Pubsub:
                 await node.publish(TOPIC, envelope)
 
     async def _take_streams(self, node: IpfsNode) -> None:
-        await node.listen(PROTOCOL, self.streams_port)
+        await node.listen(PROTOCOL, self.streams_port, report_peer_id=True)
 
     async def _hear(self, node: IpfsNode) -> None:
         # Renewed with the subscription: a node that somebody else runs may have been restarted without a word.

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,10 +18,14 @@ from urllib.parse import quote_plus
 
 from daemon.errors import BackendError, Bug, Unavailable, Unserved, VerificationError
 from daemon.ipfs.dag import Child
-from daemon.ipfs.interface import PeerIdentity, PubsubMessage
+from daemon.ipfs.interface import Connection, PeerIdentity, Provider, PubsubMessage
+from daemon.ipfs.peerings import Peerings
 from daemon.ipfs.pubsub import read_message, topic_argument
+from daemon.ipfs.reach import Reachability
 from daemon.ipfs.reading import Reader
+from daemon.ipfs.routing import find_providers
 from daemon.ipfs.rpc import UNARY_S, Rpc, RpcError, gone, refused
+from daemon.ipfs.swarm import Acquaintances, read_connections, read_reachability
 from daemon.ipfs.unary import unary
 from registry.cid import leaf_cid
 
@@ -33,8 +36,8 @@ _PROFILE = {"cid-version": 1, "raw-leaves": True, "chunker": "size-1048576", "ma
 _ADD_S = 120.0  # Kubo is silent while it works through what it has read
 _READ = 4 << 20  # bytes read from a file at once
 _BATCH = 512  # CIDs per call: they travel in the URL
-_PEERINGS = 64  # peers that Kubo is told to hold on to; the oldest is let go
 _DIAL_S = 10.0
+_PUNCH_LOOK_S = 0.05  # Kubo has no event for a new connection
 _MAX_MESSAGE = 1 << 20  # Kubo drops larger ones without a word
 _PUBLISH_TRIES = 8
 _PACE_S = 0.02  # between two messages; without it one of twenty was lost on a busy machine
@@ -43,13 +46,18 @@ _MISSING, _OK = 30, 0  # of `filestore/verify`
 
 
 class KuboNode:
-    """`repo` is the repository of our own Kubo, whose parent folder holds every file to be added in place; None for a foreign RPC."""
+    """`repo` is the repository of our own Kubo, whose parent folder holds every file to be added in place; None for a foreign RPC.
 
-    def __init__(self, rpc: Rpc, *, repo: Path | None) -> None:
+    `peerings` are the peers that the node holds on to; give the same to the node of the next life.
+    """
+
+    def __init__(self, rpc: Rpc, *, repo: Path | None, peerings: Peerings | None = None) -> None:
         self._rpc = rpc
         self._home = repo.parent if repo is not None else None
         self._reader = Reader(rpc)
-        self._peerings: OrderedDict[str, None] = OrderedDict()
+        self._peerings = peerings or Peerings()
+        self._acquaintances = Acquaintances()
+        self._adding = 0
         self._publishing = asyncio.Lock()
         self._last_publish = 0.0
         self._tunnels = asyncio.Lock()
@@ -64,8 +72,26 @@ class KuboNode:
         return str((await self._unary(lambda client: client.version()))["Version"])
 
     async def peers(self) -> list[str]:
-        found = await self._unary(lambda client: client.swarm.peers())
-        return [peer["Peer"] for peer in found["Peers"] or ()]
+        direct = (each.peer_id for each in await self.connections() if not each.relayed)
+        return list(dict.fromkeys(direct))
+
+    async def connections(self) -> list[Connection]:
+        return read_connections(await self._timed(self._rpc.call("swarm/peers", options={"direction": True})))
+
+    async def reachability(self) -> Reachability:
+        try:
+            return read_reachability(await self._timed(self._rpc.call("swarm/addrs/autonat")))
+        except RpcError:
+            return "unknown"  # a configured node may be older than this call
+
+    async def known_peers(self) -> tuple[str, ...]:
+        options = {"direction": True, "identify": True}
+        return self._acquaintances.look(await self._timed(self._rpc.call("swarm/peers", options=options)))
+
+    @property
+    def adding(self) -> bool:
+        """Whether a file is being added, which would have to begin again if the node went now."""
+        return self._adding > 0
 
     async def pins(self) -> set[str]:
         found = await self._unary(lambda client: client.pin.ls(type="recursive"))
@@ -81,6 +107,13 @@ class KuboNode:
 
         Raises `Unavailable` when the node cannot read the file where it lies.
         """
+        self._adding += 1
+        try:
+            return await self._add(path, on_bytes)
+        finally:
+            self._adding -= 1
+
+    async def _add(self, path: Path, on_bytes: Callable[[int], None] | None) -> str:
         seen = await asyncio.to_thread(self._as_kubo_sees, path)
         size = (await asyncio.to_thread(os.stat, path)).st_size
         head = (
@@ -127,12 +160,15 @@ class KuboNode:
             layout = await self._reader.layout(cid, deadline_s=UNARY_S, offline=True)
         except (RpcError, Unserved):
             layout = None  # nothing of it is here, or not enough to find the rest
+        await self._unpin(cid)
+        await self.drop_blocks([cid] if layout is None else [*(leaf.cid for leaf in layout.leaves), *layout.nodes])
+
+    async def _unpin(self, cid: str) -> None:
         try:
             await self._timed(self._rpc.call("pin/rm", cid))
         except RpcError as error:
             if "not pinned" not in error.why:
                 raise
-        await self.drop_blocks([cid] if layout is None else [*(leaf.cid for leaf in layout.leaves), *layout.nodes])
 
     async def broken_references(self, cid: str) -> list[str]:
         return await self._broken((await self._reader.layout(cid, deadline_s=UNARY_S, offline=True)).leaves)
@@ -171,6 +207,29 @@ class KuboNode:
                         raise refused("block/rm", str(why))
         except TimeoutError as error:
             raise gone(error) from error
+
+    # -- the DHT ------------------------------------------------------------------------------------------------------
+
+    async def provide(self, block: bytes, *, deadline_s: float) -> str:
+        cid = await self.add_bytes(block)
+        hint = "it needs a connection to a public node"
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._rpc.read("routing/provide", cid, timeout_s=None)
+        except TimeoutError as error:
+            raise Unserved("IPFS", f"the DHT took no word within {deadline_s:g} s", hint) from error
+        except RpcError as error:
+            raise Unserved("IPFS", error.why, hint) from error
+        return cid
+
+    async def unprovide(self, cid: str) -> None:
+        await self._unpin(cid)
+        await self.drop_blocks([cid])
+
+    async def providers(self, cid: str, *, limit: int, deadline_s: float) -> AsyncIterator[Provider]:
+        own = (await self.identity()).peer_id
+        async for provider in find_providers(self._rpc, cid, own=own, limit=limit, deadline_s=deadline_s):
+            yield provider
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -226,29 +285,53 @@ class KuboNode:
         """As in `IpfsNode`. In every network: the peers that we are told to connect to are few, and Kubo would trim them like any other."""
         await self._dial(multiaddr, deadline_s)
         await self._timed(self._rpc.call("swarm/peering/add", multiaddr))
-        peer = multiaddr.rpartition("/p2p/")[2]
-        self._peerings[peer] = None
-        self._peerings.move_to_end(peer)
-        if len(self._peerings) > _PEERINGS:
-            oldest, _ = self._peerings.popitem(last=False)
+        oldest = self._peerings.add(multiaddr)
+        if oldest is not None:
             await self._timed(self._rpc.call("swarm/peering/rm", oldest))
 
     async def _dial(self, multiaddr: str, deadline_s: float) -> None:
+        """Returns with a direct connection: a relayed one carries nothing of ours, it is there to punch a hole.
+
+        The far node tries that once when the relayed connection comes in, and drops it unsaid while it does not yet know its own
+        outside address (go-libp2p holepunch: up to some seconds after its start); so it is given another occasion.
+        """
         hint = "check that the node runs and can be reached from here"
+        peer = multiaddr.rpartition("/p2p/")[2]
+        relayed = False
         try:
             async with asyncio.timeout(deadline_s):
-                await self._rpc.call("swarm/connect", multiaddr, timeout_s=None)
+                for patience in _punching_times():
+                    await self._rpc.call("swarm/connect", multiaddr, timeout_s=None)
+                    relayed = not await self._direct_within(peer, patience)
+                    if not relayed:
+                        return
+                    await self._hang_up_relayed(peer)
         except TimeoutError as error:
-            raise Unserved(multiaddr, f"no answer within {deadline_s:g} s", hint) from error
+            why = "only a relay reaches it" if relayed else "no answer"
+            raise Unserved(multiaddr, f"{why} within {deadline_s:g} s", hint) from error
         except RpcError as error:
             raise Unserved(multiaddr, error.why, hint) from error
 
-    async def listen(self, protocol: str, port: int) -> None:
+    async def _direct_within(self, peer: str, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while peer not in await self.peers():
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(_PUNCH_LOOK_S)
+        return True
+
+    async def _hang_up_relayed(self, peer: str) -> None:
+        for connection in await self.connections():
+            if connection.peer_id == peer and connection.relayed:
+                with contextlib.suppress(RpcError):  # it has ended by itself
+                    await self._rpc.call("swarm/disconnect", f"{connection.address}/p2p/{peer}")
+
+    async def listen(self, protocol: str, port: int, *, report_peer_id: bool) -> None:
         own = f"/p2p/{(await self.identity()).peer_id}"
+        target = f"/ip4/127.0.0.1/tcp/{port}"
+        options = {"report-peer-id": report_peer_id}
         async with self._tunnels:
             await self._timed(self._rpc.call("p2p/close", options={"protocol": protocol, "listen-address": own}))
-            target = f"/ip4/127.0.0.1/tcp/{port}"
-            options = {"report-peer-id": True}
             await self._timed(self._rpc.call("p2p/listen", protocol, target, options=options))
 
     @asynccontextmanager
@@ -310,6 +393,14 @@ def _final_hash(answer: bytes) -> str:
     if not found.get("Hash"):
         raise Unavailable("IPFS", "the add did not finish", "logs/kubo.log says more")
     return str(found["Hash"])
+
+
+def _punching_times() -> Iterator[float]:
+    """Seconds to wait for a hole after each relayed connection; with lost packets one attempt takes longer."""
+    seconds = 1.0
+    while True:
+        yield seconds
+        seconds *= 1.5
 
 
 def _batches(cids: Sequence[str]) -> Iterator[Sequence[str]]:

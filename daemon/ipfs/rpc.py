@@ -8,7 +8,7 @@ clients drop, so a caller must check that the last word of a reply is there. Rea
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -93,7 +93,7 @@ class Rpc:
 
     async def lines(
         self, call: str, *args: str, timeout_s: float | None, options: Mapping[str, object] | None = None
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """The objects of a reply in NDJSON, as they come."""
         async with self.stream(call, *args, timeout_s=timeout_s, options=options) as response:
             while line := await _line(call, response):

@@ -46,7 +46,7 @@ class Ports:
 
 
 class PeerApi:
-    """The server of `routes`. `allowed` says which IP addresses may come straight to its port."""
+    """The server of `routes`. `allowed` says which IP addresses may come straight to its port, `on_direct` is told of each."""
 
     def __init__(
         self,
@@ -54,9 +54,10 @@ class PeerApi:
         *,
         limits: Limits | None = None,
         allowed: Callable[[str], bool] = lambda address: True,
+        on_direct: Callable[[str], None] = lambda address: None,
     ) -> None:
         self._limits = limits or Limits()
-        self._connections = Connections(self._limits, allowed)
+        self._connections = Connections(self._limits, allowed, on_direct)
         self._app = web.Application(middlewares=[_errors], client_max_size=BODY_LIMIT)
         self._app[_CONNECTIONS] = self._connections
         self._app[_LIMITS] = self._limits

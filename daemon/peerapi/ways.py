@@ -12,13 +12,14 @@ afterwards is sealed or signed, so that a lie leads nowhere.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import aiohttp
 
+from daemon.config import Network
 from daemon.errors import SwarmError, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.peerapi.ping import ping
@@ -64,7 +65,7 @@ class Ways:
     def __init__(
         self,
         *,
-        network: str,
+        network: Network,
         ipfs: Callable[[], IpfsNode | None],
         http: aiohttp.ClientSession,
     ) -> None:
@@ -73,6 +74,21 @@ class Ways:
         self._http = http
         self.relays: Relays | None = None
         self._reached: dict[str, str | None] = {}  # by node: the relay of the last way to it
+        self._answers = 0
+
+    @property
+    def answering(self) -> bool:
+        """Whether somebody waits for an answer that comes over one of them."""
+        return self._answers > 0
+
+    @contextmanager
+    def an_answer(self) -> Iterator[None]:
+        """An answer comes over one of them while the context lasts: what carries it must not be taken away."""
+        self._answers += 1
+        try:
+            yield
+        finally:
+            self._answers -= 1
 
     def via(self, node: str) -> str | None:
         """The relay through which a node was reached last; None when it was none."""

@@ -97,6 +97,7 @@ class PeerProvider:
         self, stack: AsyncExitStack, question: bytes
     ) -> tuple[aiohttp.ClientResponse, ResponseOpener]:
         """The response to the sealed question, over the first way that works; `stack` closes it."""
+        stack.enter_context(self._ways.an_answer())
         sealed, opener = self._seal(question)
         way = await stack.enter_async_context(
             self._ways.to(self._peer, via=self._via, deadline_s=self._connect_s)

@@ -296,8 +296,8 @@ async def test_http_through_a_stream(pair: tuple[Running, Running]) -> None:
         return web.Response(body=await request.read())
 
     async with PeerApi([Route("POST", "/echo", echo)]).listening(["127.0.0.1"], 0) as ports:
-        await a.node.listen("/x/test/1", 1)
-        await a.node.listen("/x/test/1", ports.streams)
+        await a.node.listen("/x/test/1", 1, report_peer_id=True)
+        await a.node.listen("/x/test/1", ports.streams, report_peer_id=True)
         peer = (await a.node.identity()).peer_id
         async with aiohttp.ClientSession() as session, b.node.dial("/x/test/1", peer) as one, b.node.dial("/x/test/1", peer) as other:
             assert one[0] == "127.0.0.1" and one[1] != other[1]

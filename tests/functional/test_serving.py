@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -180,19 +179,6 @@ def test_an_answer_as_json(pair: Pair) -> None:
 def test_a_prompt_from_standard_input(pair: Pair, words: tuple[str, ...]) -> None:
     as_argument, _ = ask(pair.b, "Name three colours.", "--temperature", "0")
     assert ask(pair.b, *words, "--temperature", "0", prompt="Name three colours.")[0] == as_argument
-
-
-def test_the_answer_comes_over_a_libp2p_stream(pair: Pair, kubo_binary: Path) -> None:
-    def streams(at: Node) -> str:
-        environment = {**os.environ, "IPFS_PATH": str(at.home / "ipfs")}
-        done = subprocess.run([kubo_binary, "p2p", "stream", "ls"], env=environment, capture_output=True, text=True, check=True)
-        return done.stdout
-
-    with request(pair.b, "POST", "/v1/chat/completions", completion(pair.code)) as response:
-        next(events(response))
-        assert "/x/swarmctl/1" in streams(pair.a)
-        assert "/x/swarmctl/1" in streams(pair.b)
-    until(lambda: not streams(pair.a) and not streams(pair.b), "the end of the stream")
 
 
 def test_of_two_that_serve_the_rule_chooses_and_without_ipfs_the_peer_api_is_the_way(node: Callable[[str], Node], model_file: Path) -> None:

@@ -1,0 +1,324 @@
+"""How this node is with others: where it can be reached, the ways to them, and what they say to each other.
+
+It decides what only the whole can know: which endpoints are announced, whether this node carries for others, and how its IPFS node
+shall stand in the network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import aiohttp
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from daemon import network
+from daemon.config import Config
+from daemon.errors import SwarmError
+from daemon.gossip.gossip import Gossip
+from daemon.gossip.pages import Card, OwnPages
+from daemon.gossip.peers import PeerTable
+from daemon.ipfs.interface import IpfsNode
+from daemon.ipfs.keeper import IpfsKeeper
+from daemon.ipfs.reach import MAX_RELAYS, MAX_REMEMBERED, Reach, direct_addresses
+from daemon.ledger import LedgerThread
+from daemon.node.reachability import Reachability
+from daemon.peerapi.dialback import DialBack
+from daemon.peerapi.ping import Ping
+from daemon.peerapi.server import Ports, Route
+from daemon.peerapi.ways import Ways
+from daemon.peerchat.seal import SealKeys
+from daemon.supervise import Supervisor
+from daemon.torrent.session import TorrentSession
+from registry import ranges
+from registry.address import usable
+from registry.envelope import key_name
+from registry.errors import Malformed
+from registry.multiaddrs import parse_multiaddr, usable_multiaddrs
+from registry.records import Address, Announcement, Offer, Peer
+from registry.store import Ledger
+
+_log = logging.getLogger(__name__)
+
+_JOIN_WAIT_S = 20.0  # how long a join waits for IPFS to come up
+_LOOK_S = 1.0  # between two looks at our own addresses
+_REMEMBER_S = 60.0  # between two looks at which peers are good
+_REMEMBERED = "ipfs.good_peers"
+
+
+class Connectivity:
+    """`describe` gives our offers; `join` are the addresses of the settings. Set `ports` before `start`."""
+
+    def __init__(
+        self,
+        config: Config,
+        key: Ed25519PrivateKey,
+        *,
+        ledger: LedgerThread,
+        table: PeerTable,
+        keeper: IpfsKeeper,
+        torrents: TorrentSession | None,
+        supervisor: Supervisor,
+        http: aiohttp.ClientSession,
+        seal_keys: SealKeys,
+        describe: Callable[[], Awaitable[Sequence[Offer]]],
+        join: Sequence[Address],
+    ) -> None:
+        self.node = key_name(key)
+        self.ports = Ports(0, 0)
+        self.ways = Ways(network=config.network, ipfs=self._ipfs, http=http)
+        self.reachability = Reachability(
+            self.node,
+            self.ways,
+            http,
+            ports=self._own_ports,
+            judges=self._judges,
+            on_change=self._on_change,
+        )
+        self.gossip = Gossip(
+            OwnPages(key, ledger, card=self._card, describe=describe, clock=time.time),
+            table=table,
+            ledger=ledger,
+            supervisor=supervisor,
+            ways=self.ways,
+            http=http,
+            ipfs_within=lambda: keeper.node_within(_JOIN_WAIT_S),
+            heartbeat_s=config.swarm.heartbeat,
+            join=join,
+        )
+        self._dialback = DialBack(config.network, self._ipfs, http)
+        self._config = config
+        self._ledger = ledger
+        self._table = table
+        self._keeper = keeper
+        self._torrents = torrents
+        self._supervisor = supervisor
+        self._seal_keys = seal_keys
+        self._good_peers: tuple[str, ...] = ()
+        self._own_multiaddrs: tuple[str, ...] = ()
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def routes(self) -> list[Route]:
+        return [
+            *Ping(self.node).routes(),
+            *self._dialback.routes(),
+            *self.gossip.routes(),
+        ]
+
+    async def start(self) -> None:
+        """Begin to speak, and to find out how we can be reached."""
+        stored = await self._ledger.call(Ledger.get_meta, _REMEMBERED)
+        self._good_peers = tuple(json.loads(stored or "[]"))
+        self._keeper.want(self._reach())
+        await self.gossip.start(self.ports.streams)
+        if self._config.network == "public":
+            self._supervisor.run("reachability", self.reachability.run, restart=True)
+
+    async def close(self) -> None:
+        await self.gossip.close()
+
+    async def join(self, address: Address) -> Peer:
+        """Know the node at `address` from now on. Raises as `Gossip.join`."""
+        peer = await self.gossip.join(address)
+        self.reachability.look_again()
+        return peer
+
+    async def receive(self, envelope: bytes) -> Announcement:
+        """Believe an announcement if it holds. Raises as `Gossip.receive`."""
+        return await self.gossip.receive(envelope)
+
+    def came(self, address: str) -> None:
+        """Somebody came straight to the port of the peer API."""
+        if self._config.network == "public":
+            self.reachability.came(address, "http")
+
+    async def on_ipfs_ready(self, node: IpfsNode) -> None:
+        await self.gossip.on_ipfs_ready(node)
+        self._supervisor.run("own addresses", lambda: self._watch(node), restart=True)
+        if self._config.network == "public":
+            self._supervisor.run("good peers", lambda: self._remember(node), restart=True)
+        self.reachability.look_again()
+
+    async def on_ipfs_gone(self) -> None:
+        await self._supervisor.stop("good peers")
+        await self._supervisor.stop("own addresses")
+        await self.gossip.on_ipfs_gone()
+
+    # -- how we are reached -------------------------------------------------------------------------------------------
+
+    @property
+    def relaying(self) -> bool:
+        """Whether this node carries for others."""
+        choice = self._config.swarm.relay
+        public = self.reachability.state == "public"
+        return choice == "on" or (choice == "auto" and public)
+
+    def _ipfs(self) -> IpfsNode | None:
+        return self._keeper.node
+
+    def _card(self) -> Card:
+        identity = self.gossip.pubsub.identity
+        address = Address(
+            self.node,
+            ipfs=self._multiaddrs(),
+            bittorrent=self._bittorrent(),
+            http=self._urls(),
+        )
+        peer_id = identity.peer_id if identity is not None else None
+        return Card(peer_id, usable(address), self._seal_keys.public(), self.relaying)
+
+    def _multiaddrs(self) -> tuple[str, ...]:
+        """Of our IPFS node's addresses those that a stranger can use."""
+        identity = self.gossip.pubsub.identity
+        if identity is None:
+            return ()
+        found = usable_multiaddrs(identity.addresses, self._config.network)
+        if self.reachability.state != "private":
+            return found
+        # What a NAT shows of us outside leads nowhere: a hole must be punched first.
+        return tuple(address for address in found if parse_multiaddr(address).relay)
+
+    def _bittorrent(self) -> tuple[str, ...]:
+        """host:port for BitTorrent peers."""
+        host = self._host("bittorrent")
+        if host is None or self._torrents is None or not self._torrents.port:
+            return ()
+        return (network.host_port(host, self._torrents.port),)
+
+    def _urls(self) -> tuple[str, ...]:
+        """Base URLs of our peer API."""
+        if self._config.network != "public":
+            return network.private_url(self._config, self.ports.direct)
+        host = self._host("http")
+        return () if host is None else (network.url(host, self.ports.direct),)
+
+    def _host(self, part: str) -> str | None:
+        """The address at which others reach that part of us."""
+        if self._config.network == "loopback":
+            return "127.0.0.1"
+        if self._config.network == "lan":
+            return network.private_address()
+        reached = part in self.reachability.reached
+        return self.reachability.external[0] if reached else None
+
+    def _own_ports(self) -> Mapping[str, int]:
+        """The ports that somebody outside may try, by part."""
+        ports: dict[str, int] = {}
+        if network.hosts(self._config) != ["127.0.0.1"]:
+            ports["http"] = self.ports.direct
+        if (libp2p := self._libp2p_port()) is not None:
+            ports["ipfs"] = libp2p
+        if self._torrents is not None and self._torrents.port:
+            ports["bittorrent"] = self._torrents.port
+        return ports
+
+    def _libp2p_port(self) -> int | None:
+        identity = self.gossip.pubsub.identity
+        for address in identity.addresses if identity is not None else ():
+            try:
+                found = parse_multiaddr(address)
+            except Malformed:
+                continue
+            if found.transport == "tcp" and not found.relay:
+                return found.port
+        return None
+
+    def _judges(self) -> list[Peer]:
+        """Nodes that can say how we are seen: the joined ones first, then whoever can be dialled."""
+        joined = self.gossip.joiner.peers()
+        others = (peer for peer in self._table.peers() if self._dialable(peer))
+        return list({peer.node: peer for peer in [*joined, *others]}.values())
+
+    def _dialable(self, peer: Peer) -> bool:
+        """Whether a node announces an endpoint that needs no relay."""
+        kind = self._config.network
+        urls = any(ranges.allows_url(kind, url) for url in peer.address.http)
+        return urls or bool(direct_addresses(peer.address.ipfs, 1))
+
+    # -- how our IPFS node stands -------------------------------------------------------------------------------------
+
+    def _on_change(self) -> None:
+        self._keeper.want(self._reach())
+        self.gossip.changed()
+
+    def _reach(self) -> Reach:
+        """What our IPFS node shall be told of the network.
+
+        Before anybody has said how we are seen, a machine with an address of its own on the internet is taken as one that can be
+        reached: if that is wrong, nobody comes who could be disappointed. Any other is taken as one behind a NAT.
+        """
+        if self._config.network != "public":
+            return Reach()
+        state = self.reachability.state
+        guess = "public" if network.global_address() is not None else "private"
+        standing = guess if state == "unknown" else state
+        if state == "public" and "ipfs" not in self.reachability.reached:
+            standing = guess
+        public = standing == "public"
+        return Reach(
+            reachability="public" if public else "private",
+            relays=() if public else self._relays(),
+            relay_service=public and self._config.swarm.relay != "off",
+            bootstrap=self._bootstrap(),
+        )
+
+    def _relays(self) -> tuple[str, ...]:
+        """Nodes to hold libp2p reservations with. Those that we have stay as long as one of them lives: each change costs a start."""
+        running = self._keeper.reach.relays
+        live = {peer.peer_id for peer in self._table.peers()}
+        if any(address.rpartition("/")[2] in live for address in running):
+            return running
+        return direct_addresses(self._carriers_multiaddrs(), MAX_RELAYS)
+
+    def _carriers_multiaddrs(self) -> tuple[str, ...]:
+        joined = self.gossip.joiner.peers()
+        known = [peer for peer in self._table.remembered() if peer.relay]
+        carriers = [*joined, *known]
+        addresses = (address for peer in carriers for address in peer.address.ipfs)
+        return tuple(one for one in addresses if ranges.allows_multiaddr("public", one))
+
+    def _bootstrap(self) -> tuple[str, ...]:
+        """Ways into the IPFS network that worked before: nodes of ours, and what our IPFS node found good."""
+        ours = (address for peer in self._table.remembered() for address in peer.address.ipfs)
+        known = (*ours, *self._good_peers)
+        allowed = tuple(one for one in known if ranges.allows_multiaddr("public", one))
+        return direct_addresses(allowed, MAX_REMEMBERED)
+
+    # -- watching -----------------------------------------------------------------------------------------------------
+
+    async def _watch(self, node: IpfsNode) -> None:
+        """Our own addresses change: a reservation is made, a cable is plugged in, somebody outside comes in."""
+        while True:
+            self.gossip.pubsub.identity = await node.identity()
+            if self._config.network == "public":
+                await self._look_who_came(node)
+            addresses = self._multiaddrs()
+            if addresses != self._own_multiaddrs:
+                self._own_multiaddrs = addresses
+                self.gossip.changed()
+            # Relays are met after the start, and go.
+            self._keeper.want(self._reach())
+            await asyncio.sleep(_LOOK_S)
+
+    async def _look_who_came(self, node: IpfsNode) -> None:
+        if "ipfs" in self.reachability.reached or network.global_address() is None:
+            return
+        for connection in await node.connections():
+            if connection.inbound and not connection.relayed:
+                self.reachability.came(connection.address.split("/")[2], "ipfs")
+
+    async def _remember(self, node: IpfsNode) -> None:
+        while True:
+            await asyncio.sleep(_REMEMBER_S)
+            try:
+                good = await node.known_peers()
+            except SwarmError as error:
+                _log.debug("who is good is not known: %s", error)
+                continue
+            if good:
+                self._good_peers = good
+                await self._ledger.call(Ledger.set_meta, _REMEMBERED, json.dumps(good))
