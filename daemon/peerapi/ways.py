@@ -102,7 +102,10 @@ class Ways:
 
         Raises `Unserved` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
         """
-        stack, way = await self._first(self._candidates(peer, via), peer.node, deadline_s)
+        candidates = self._candidates(peer, via)
+        if not candidates and via not in (AUTO, NEVER):
+            raise Unserved("peer", f"node {via.removeprefix('ed25519:')[:8]} does not carry for it")
+        stack, way = await self._first(candidates, peer.node, deadline_s)
         self._note(peer.node, way)
         async with stack:
             yield way
