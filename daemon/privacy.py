@@ -90,7 +90,7 @@ def _listeners(config: Config, facts: Facts) -> Exposure:
         who = "every node of your LAN that listens"
     else:
         who = "everybody who listens to the swarm"
-    models = f"the {facts.models} models here and which of them are served ({facts.serving})"
+    models = f"which models are here ({facts.models}) and which are served ({facts.serving})"
     change = "swarmctl rm takes a model off the list, swarmctl stop off what is served"
     if not facts.closed and config.network != "loopback":
         change += "; swarm.name and swarm.secret make the swarm a closed one"
@@ -124,7 +124,8 @@ def _own_relays(config: Config, facts: Facts) -> Exposure | None:
             ". On the DHTs they announce your codes under their own address, "
             "so they know which models you hold"
         )
-    carriers = "the node that carries" if facts.relays == 1 else f"the {facts.relays} nodes that carry"
+    one = facts.relays == 1
+    carriers = "the node that carries" if one else f"the {facts.relays} nodes that carry"
     return Exposure(
         f"{carriers} for this one",
         learns,
@@ -232,7 +233,7 @@ def _nobody(config: Config, facts: Facts) -> Exposure:
     return Exposure(
         "nobody",
         "what you ask a model that answers here. There is no account and no telemetry",
-        "it stays on this machine, and nothing of a question or an answer is written to disk",
+        "it stays on this machine, and the daemon writes nothing of it to disk",
         "",
     )
 

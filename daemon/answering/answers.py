@@ -239,7 +239,8 @@ def _nobody(
     reasons = "; ".join(_reason(choice, error) for choice, error in failures)
     if via not in (AUTO, NEVER):
         hint = "name a relay of a node that serves it (swarmctl peers), or leave --via out"
-        return Unserved(model or "question", reasons or "no other node that serves it is known", hint)
+        nobody = "no other node that serves it is known"
+        return Unserved(model or "question", reasons or nobody, hint)
     gone = "the nodes that serve it are not known any more"
     return Unserved(model or "question", reasons or gone, "try again, or serve it here")
 
