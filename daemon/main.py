@@ -37,11 +37,13 @@ from daemon.api.sessions import Sessions
 from daemon.config import Config, host_port
 from daemon.engine.host import EngineHost
 from daemon.errors import SwarmError, UsageError
+from daemon.gossip.moving import settle
 from daemon.gossip.peers import PeerTable
 from daemon.home import Home
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.keeper import IpfsKeeper
 from daemon.ledger import LedgerThread
+from daemon.membership import membership
 from daemon.node.connectivity import Connectivity
 from daemon.node.status import Status
 from daemon.peerapi.server import PeerApi
@@ -154,6 +156,9 @@ class _Daemon:
         self._home = home
         self._key = home.node_key()
         self._node = envelope.key_name(self._key)
+        self._membership = membership(
+            config.swarm.name, config.swarm.secret, node=self._node, clock=time.time
+        )
         self._started = utc_now()
         self._join = [_address(text) for text in config.swarm.join]
         self._stop = asyncio.Event()
@@ -222,7 +227,11 @@ class _Daemon:
 
     async def _voice(self, stack: AsyncExitStack, has: _Holdings) -> _Voice:
         config = self._config
-        http = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
+        http = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                auto_decompress=False, middlewares=(self._membership.middleware,)
+            )
+        )
         engine = EngineHost(config.engine, config.home / "logs", lambda key: serving.changed(key))
         stack.push_async_callback(engine.close)
         serving = Serving(engine, has.library, has.ledger, self._changed)
@@ -230,6 +239,7 @@ class _Daemon:
         stack.push_async_callback(upstreams.close)
         offering = Offering(self._node, has.library, serving, upstreams, has.torrents)
         peers = PeerTable(has.ledger, own=self._node, clock=time.time, standing=has.trust.standing)
+        await settle(has.ledger, self._membership)
         await peers.open()
         supervisor = Supervisor(close_s=_STOP_S)
         stack.push_async_callback(supervisor.close)
@@ -243,6 +253,7 @@ class _Daemon:
             torrents=has.torrents,
             supervisor=supervisor,
             http=http,
+            membership=self._membership,
             seal_keys=seal_keys,
             describe=offering.describe,
             join=self._join,
@@ -251,9 +262,10 @@ class _Daemon:
         answers = Answers(peers, offering.askable, offering.offers, ways=ways, http=http, clock=time.time)
         chats = ChatServer(seal_keys, offering.provider)
         self._busy = lambda: chats.answering > 0 or ways.answering
-        objects = ObjectServer(has.library.small_object)
+        objects = ObjectServer(has.library.small_object, self._membership)
         api = PeerApi(
             [*connectivity.routes(), *chats.routes(), *objects.routes()],
+            membership=self._membership,
             allowed=partial(network.may_come, config),
             on_direct=connectivity.came,
         )
@@ -267,7 +279,7 @@ class _Daemon:
         transfers = Transfers(has.ledger)
         stack.push_async_callback(transfers.close)
         publisher = Publisher(has.store, has.library, self._key)
-        objects = Objects(self._ipfs, voice.connectivity.ways, voice.http)
+        objects = Objects(self._ipfs, voice.connectivity.ways, voice.http, self._membership)
         resolver = Resolver(objects, voice.peers, has.trust, self._ipfs, config.ipfs.enabled)
         patience = Patience(config.transfer.stall, config.transfer.give_up)
         sources = Sources(self._ipfs, config.ipfs.enabled, RateLimit(config.transfer.download_rate), patience)

@@ -25,6 +25,7 @@ from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.keeper import IpfsKeeper
 from daemon.ipfs.reach import MAX_RELAYS, MAX_REMEMBERED, Reach, direct_addresses
 from daemon.ledger import LedgerThread
+from daemon.membership import Membership
 from daemon.node.reachability import Reachability
 from daemon.peerapi.dialback import DialBack
 from daemon.peerapi.ping import Ping
@@ -44,6 +45,7 @@ from registry.store import Ledger
 _log = logging.getLogger(__name__)
 
 _JOIN_WAIT_S = 20.0  # how long a join waits for IPFS to come up
+_NEW_START_S = 4.0  # how long a question waits for IPFS to be there again
 _LOOK_S = 1.0  # between two looks at our own addresses
 _REMEMBER_S = 60.0  # between two looks at which peers are good
 _REMEMBERED = "ipfs.good_peers"
@@ -63,17 +65,24 @@ class Connectivity:
         torrents: TorrentSession | None,
         supervisor: Supervisor,
         http: aiohttp.ClientSession,
+        membership: Membership,
         seal_keys: SealKeys,
         describe: Callable[[], Awaitable[Sequence[Offer]]],
         join: Sequence[Address],
     ) -> None:
         self.node = key_name(key)
         self.ports = Ports(0, 0)
-        self.ways = Ways(network=config.network, ipfs=self._ipfs, http=http)
+        self.ways = Ways(
+            network=config.network,
+            ipfs=lambda: keeper.node_within(_NEW_START_S),
+            http=http,
+            membership=membership,
+        )
         self.reachability = Reachability(
             self.node,
             self.ways,
             http,
+            membership,
             ports=self._own_ports,
             judges=self._judges,
             on_change=self._on_change,
@@ -85,11 +94,13 @@ class Connectivity:
             supervisor=supervisor,
             ways=self.ways,
             http=http,
+            membership=membership,
             ipfs_within=lambda: keeper.node_within(_JOIN_WAIT_S),
             heartbeat_s=config.swarm.heartbeat,
             join=join,
         )
-        self._dialback = DialBack(config.network, self._ipfs, http)
+        self._ping = Ping(self.node, membership)
+        self._dialback = DialBack(config.network, self._ipfs, http, membership)
         self._config = config
         self._ledger = ledger
         self._table = table
@@ -104,7 +115,7 @@ class Connectivity:
 
     def routes(self) -> list[Route]:
         return [
-            *Ping(self.node).routes(),
+            *self._ping.routes(),
             *self._dialback.routes(),
             *self.gossip.routes(),
         ]

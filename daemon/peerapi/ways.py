@@ -12,9 +12,9 @@ afterwards is sealed or signed, so that a lie leads nowhere.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import aiohttp
@@ -22,8 +22,8 @@ import aiohttp
 from daemon.config import Network
 from daemon.errors import SwarmError, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
+from daemon.membership import ASKED, Membership
 from daemon.peerapi.ping import ping
-from daemon.peerapi.server import PROTOCOL
 from registry import ranges
 from registry.endpoints import peer_of, relay_address
 from registry.records import Address, Peer
@@ -41,10 +41,19 @@ AUTO, NEVER = "auto", "never"  # of `via`; anything else is the node key of a re
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """The base `url` at which a peer's peer API is reached from here; `via` is the relay's node key, None without one."""
+    """The base `url` at which a peer's peer API is reached from here; `via` is the relay's node key, None without one.
+
+    `node` is the key of the peer, empty when it is not known yet.
+    """
 
     url: str
     via: str | None = None
+    node: str = ""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """For every request over this way: whom it is for. The `Membership` of the session makes its proof of it."""
+        return {ASKED: self.node}
 
 
 class Relays(Protocol):
@@ -60,15 +69,21 @@ class Relays(Protocol):
 
 
 class Ways:
-    """`ipfs` gives the node while it answers; `network` is the kind of network this node lives in; `relays` is set once."""
+    """`ipfs` gives the IPFS node, waiting a moment where it is about to answer; None when there is none. `network` is the kind
+    of network this node lives in; `relays` is set once.
+
+    `http` has the middleware of `membership`.
+    """
 
     def __init__(
         self,
         *,
         network: Network,
-        ipfs: Callable[[], IpfsNode | None],
+        ipfs: Callable[[], Awaitable[IpfsNode | None]],
         http: aiohttp.ClientSession,
+        membership: Membership,
     ) -> None:
+        self._membership = membership
         self._network = network
         self._ipfs = ipfs
         self._http = http
@@ -164,12 +179,12 @@ class Ways:
 
     @asynccontextmanager
     async def _libp2p(self, peer_id: str, multiaddrs: Sequence[str]) -> AsyncIterator[Way]:
-        node = self._ipfs()
+        node = await self._ipfs()
         if node is None:
             raise Unserved("peer", "IPFS is not running here")
         allowed = [one for one in multiaddrs if ranges.allows_multiaddr(self._network, one)]
         await reach(node, peer_id, allowed)
-        async with node.dial(PROTOCOL, peer_id) as (host, port):
+        async with node.dial(self._membership.protocol, peer_id) as (host, port):
             yield Way(f"http://{host}:{port}")
 
     @asynccontextmanager
@@ -200,13 +215,19 @@ class Ways:
                 try:
                     async with asyncio.timeout(deadline_s):
                         way = await stack.enter_async_context(candidate.way)
-                        found = await ping(self._http, way.url, deadline_s=deadline_s)
+                        found = await ping(
+                            self._http,
+                            way.url,
+                            membership=self._membership,
+                            node=node,
+                            deadline_s=deadline_s,
+                        )
                 except TimeoutError:
                     why = f"no answer within {deadline_s:g} s"
                     raise Unserved("peer", why, "try again") from None
                 if node and found != node:
                     raise VerificationError("peer", "another node answers there")
-                return stack.pop_all(), way
+                return stack.pop_all(), replace(way, node=found)
         finally:
             race.failed_or_won()
 

@@ -16,6 +16,7 @@ from daemon.answering.answers import Answers
 from daemon.answering.local import LocalModel
 from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Provider, Request, Usage
 from daemon.gossip.gossip import Gossip
+from daemon.gossip.moving import settle
 from daemon.gossip.pages import Card, OwnPages
 from daemon.gossip.peers import PeerTable, Standing
 from daemon.ipfs.interface import IpfsNode
@@ -23,6 +24,7 @@ from daemon.ipfs.kubo import KuboProcess
 from daemon.ipfs.node import KuboNode
 from daemon.ipfs.rpc import Rpc
 from daemon.ledger import LedgerThread
+from daemon.membership import Membership, OpenSwarm
 from daemon.peerapi.limits import Limits
 from daemon.peerapi.ping import Ping
 from daemon.peerapi.server import PeerApi, Route
@@ -87,6 +89,7 @@ class Node:
     seal_keys: SealKeys
     http: aiohttp.ClientSession
     ways: Ways
+    membership: Membership
     url: str
     held: list[Offer]
     served: dict[str, Provider]
@@ -130,18 +133,28 @@ async def swarm_node(
     heartbeat_s: float = 60.0,
     standing: Callable[[str], Standing | None] = lambda key: None,
     limits: Limits | None = None,
+    membership: Membership | None = None,
 ) -> AsyncIterator[Node]:
-    """One node. `kubo` is the binary, None leaves IPFS off; without `direct` no URL of its peer API is announced."""
+    """One node, of the open swarm unless `membership` is another, made for the same `key`.
+
+    `kubo` is the binary, None leaves IPFS off; without `direct` no URL of its peer API is announced.
+    """
     key = key or Ed25519PrivateKey.generate()
+    membership = membership or OpenSwarm()
     name = key_name(key)
     await asyncio.to_thread(home.mkdir, parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
         ledger = await LedgerThread.open(home / "ledger.db")
         stack.push_async_callback(ledger.close)
-        http = await stack.enter_async_context(aiohttp.ClientSession(trust_env=False, auto_decompress=False))
+        http = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                trust_env=False, auto_decompress=False, middlewares=(membership.middleware,)
+            )
+        )
         supervisor = Supervisor()
         stack.push_async_callback(supervisor.close)
         table = PeerTable(ledger, own=name, clock=clock, standing=standing)
+        await settle(ledger, membership)
         await table.open()
         seal_keys = SealKeys(name, clock)
         node: Node
@@ -169,7 +182,7 @@ async def swarm_node(
             address = usable(Address(name, addresses, (), (url,) if direct else ()))
             return Card(identity.peer_id if identity else None, address, seal_keys.public())
 
-        ways = Ways(network="loopback", ipfs=ipfs, http=http)
+        ways = Ways(network="loopback", ipfs=ipfs_now, http=http, membership=membership)
         gossip = Gossip(
             OwnPages(key, ledger, card=card, describe=describe, clock=clock),
             table=table,
@@ -177,21 +190,22 @@ async def swarm_node(
             supervisor=supervisor,
             ways=ways,
             http=http,
+            membership=membership,
             ipfs_within=ipfs_now,
             heartbeat_s=heartbeat_s,
             join=join,
             limits=limits,
         )
         chats = ChatServer(seal_keys, provider, limits=limits)
-        objects = ObjectServer(object_bytes, limits=limits)
-        parts = (Ping(name), gossip, chats, objects)
+        objects = ObjectServer(object_bytes, membership, limits=limits)
+        parts = (Ping(name, membership), gossip, chats, objects)
         routes: list[Route] = [route for part in parts for route in part.routes()]
         ports = await stack.enter_async_context(
-            PeerApi(routes, limits=limits).listening(["127.0.0.1"], 0)
+            PeerApi(routes, membership=membership, limits=limits).listening(["127.0.0.1"], 0)
         )
         url = f"http://127.0.0.1:{ports.direct}"
         answers = Answers(table, local, lambda: node.held, ways=ways, http=http, clock=clock)
-        node = Node(name, gossip, table, answers, seal_keys, http, ways, url, [], {}, supervisor)
+        node = Node(name, gossip, table, answers, seal_keys, http, ways, membership, url, [], {}, supervisor)
         await gossip.start(ports.streams)
         stack.push_async_callback(gossip.close)
         if kubo is not None:
