@@ -99,7 +99,7 @@ def _peer_api(api: Mapping[str, Any]) -> str:
 
 
 def _swarm(swarm: Mapping[str, Any]) -> str:
-    return f"{swarm['name']}, {'closed: members only' if swarm['closed'] else 'open to everybody'}"
+    return f"{swarm['name']}, closed: members only" if swarm["closed"] else "open to everybody"
 
 
 # -- for `doctor` ---------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ ALONE: dict[str, Any] = {
     "external": [],
     "clock": {"off": False, "why": None},
     "peer_api": {"port": 2, "open": False, "url": None},
-    "swarm": {"name": "swarmctl", "closed": False},
+    "swarm": {"name": "", "closed": False},
 }
 CID = "bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi"
 CID2 = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"

@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 
 from daemon.errors import Unserved
+from daemon.membership import OpenSwarm
 from daemon.peerapi import ways as the_module
 from daemon.peerapi.ping import Ping
 from daemon.peerapi.server import PeerApi
@@ -33,6 +34,10 @@ class Carrying:
         return None
 
 
+async def no_ipfs() -> None:
+    return None
+
+
 def peer(node: str, direct: str | None, relay: str | None = None) -> Peer:
     relays = () if relay is None else (f"{RELAY.removeprefix('ed25519:')}@{relay}",)
     urls = () if direct is None else (direct,)
@@ -41,13 +46,14 @@ def peer(node: str, direct: str | None, relay: str | None = None) -> Peer:
 
 @asynccontextmanager
 async def answering(node: str) -> AsyncIterator[str]:
-    async with PeerApi(Ping(node).routes()).listening(["127.0.0.1"], 0) as ports:
+    api = PeerApi(Ping(node, OpenSwarm()).routes(), membership=OpenSwarm())
+    async with api.listening(["127.0.0.1"], 0) as ports:
         yield f"http://127.0.0.1:{ports.direct}"
 
 
 async def test_how_a_peer_was_reached_is_known_until_it_is_reached_anew() -> None:
     async with answering(HOME) as home, answering(RELAY) as relay, aiohttp.ClientSession() as http:
-        ways = Ways(network="loopback", ipfs=lambda: None, http=http)
+        ways = Ways(network="loopback", ipfs=no_ipfs, http=http, membership=OpenSwarm())
         ways.relays = Carrying(home)
         assert ways.via(HOME) is None
         async with ways.to(peer(HOME, None, relay)) as way:
@@ -68,7 +74,7 @@ async def test_how_a_peer_was_reached_is_known_until_it_is_reached_anew() -> Non
 async def test_only_the_latest_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(the_module, "_REACHED_KEPT", 2)
     async with answering(HOME) as home, answering(RELAY) as relay, aiohttp.ClientSession() as http:
-        ways = Ways(network="loopback", ipfs=lambda: None, http=http)
+        ways = Ways(network="loopback", ipfs=no_ipfs, http=http, membership=OpenSwarm())
         ways.relays = Carrying(home)
         async with ways.to(peer(HOME, None, relay)):
             assert ways.via(HOME) == RELAY

@@ -26,7 +26,7 @@ HOME: dict[str, Any] = {
     "external": ["5.6.7.8"],
     "clock": {"off": False, "why": None},
     "peer_api": {"port": 8788, "open": False, "url": None},
-    "swarm": {"name": "swarmctl", "closed": False},
+    "swarm": {"name": "", "closed": False},
 }
 PUBLIC: dict[str, Any] = {
     **HOME,
@@ -146,7 +146,7 @@ def test_the_block_of_status() -> None:
         "relaying": "off",
         "neighbours": "5 listen to the swarm's topic",
         "peer api": "port 8788, not reached directly",
-        "swarm": "swarmctl, open to everybody",
+        "swarm": "open to everybody",
     }
     told = network.lines({**PUBLIC, "swarm": {"name": "office", "closed": True}})
     assert told["relaying"] == "for 3 nodes, 2 streams now, 2.0 KiB so far"

@@ -114,12 +114,11 @@ def test_upstreams_see_prompts() -> None:
 
 
 def test_every_setting_that_is_named_exists() -> None:
-    """The two of closed swarms come with those."""
     everything = Facts(models=1, serving=1, upstreams=1, relays=1, relaying=True, closed=False)
     text = " ".join(one.change for one in exposures(with_settings(swarm__open=True), everything))
     named = set(re.findall(r"\b(?:swarm|ipfs|torrent)\.[a-z_]+", text))
     assert {"swarm.open", "swarm.relay", "swarm.rendezvous", "swarm.name"} <= named
-    assert named <= set(config.settings()) | {"swarm.name", "swarm.secret"}
+    assert named <= set(config.settings())
 
 
 def test_facts_are_read_from_the_status() -> None:
