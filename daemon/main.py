@@ -343,6 +343,7 @@ class _Daemon:
             voice.upstreams, voice.connectivity, voice.supervisor,
         )  # fmt: skip
         services = Services(
+            config=config, reached_via=voice.connectivity.ways.via,
             library=has.library, pull=pull, publish=publish, transfers=transfers, serving=voice.serving,
             upstreams=voice.upstreams, peers=voice.peers, own_offers=voice.offering.offers,
             gossip=voice.connectivity, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,

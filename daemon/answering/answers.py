@@ -142,7 +142,7 @@ class Answers:
             except (CallerError, PeerError, BackendError) as error:
                 _log.info("%s did not answer: %s", _who(choice), error)
                 failures.append((choice, error))
-        raise _nobody(model, failures)
+        raise _nobody(model, failures, via)
 
     async def _found(self, model: str | None, local: Mapping[str, LocalModel]) -> list[Choice]:
         """The candidates; looked for on the DHTs where none is known."""
@@ -244,7 +244,9 @@ def _who(choice: Choice) -> str:
     return "this node" if choice.local else choice.offer.node[:16]
 
 
-def _nobody(model: str | None, failures: Sequence[tuple[Choice, SwarmError]]) -> SwarmError:
+def _nobody(
+    model: str | None, failures: Sequence[tuple[Choice, SwarmError]], via: str
+) -> SwarmError:
     """The one error for all that was tried: the caller's fault if it was, else who failed and why."""
     for _, error in failures:
         if isinstance(error, CallerError) and not isinstance(error, NotFound):
@@ -252,7 +254,12 @@ def _nobody(model: str | None, failures: Sequence[tuple[Choice, SwarmError]]) ->
     if len(failures) == 1 and failures[0][0].local:
         return failures[0][1]
     reasons = "; ".join(_reason(choice, error) for choice, error in failures)
-    return Unserved(model or "question", reasons or "the nodes that serve it are not known any more", "try again, or serve it here")
+    if via not in (AUTO, NEVER):
+        hint = "name a relay of a node that serves it (swarmctl peers), or leave --via out"
+        nobody = "no other node that serves it is known"
+        return Unserved(model or "question", reasons or nobody, hint)
+    gone = "the nodes that serve it are not known any more"
+    return Unserved(model or "question", reasons or gone, "try again, or serve it here")
 
 
 def _reason(choice: Choice, error: SwarmError) -> str:
