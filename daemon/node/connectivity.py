@@ -11,6 +11,8 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import aiohttp
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -124,6 +126,7 @@ class Connectivity:
         self._seal_keys = seal_keys
         self._good_peers: tuple[str, ...] = ()
         self._own_multiaddrs: tuple[str, ...] = ()
+        self._ipfs_peers = 0
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -176,7 +179,47 @@ class Connectivity:
         await self._supervisor.stop("good peers")
         await self._supervisor.stop("own addresses")
         self.rendezvous.forget_provided()
+        self._ipfs_peers = 0
         await self.gossip.on_ipfs_gone()
+
+    def address(self) -> Address:
+        """What a person hands on: our announced address, and before anybody could prove it, our own on the internet."""
+        known = self._card().address
+        guess = network.global_address()
+        if self._config.network != "public" or self.reachability.state != "unknown" or guess is None:
+            return known
+        urls = (network.url(guess, self.ports.direct),) if "http" in self._own_ports() else ()
+        bittorrent = self._torrents.port if self._torrents is not None else 0
+        peers = (network.host_port(guess, bittorrent),) if bittorrent else ()
+        return replace(known, http=urls, bittorrent=peers)
+
+    def standing(self) -> dict[str, Any]:
+        """How this node stands in the network, as `status` has it."""
+        urls = self._urls()
+        dht = self._torrents.dht.nodes if self._torrents is not None else 0
+        off = self.gossip.ear.clock_is_off
+        return {
+            "reachability": self.reachability.state,
+            "relays": [],
+            "relaying": {"enabled": self.relaying, "nodes": 0, "streams": 0, "bytes": 0},
+            "dht": {"bittorrent": dht, "ipfs": self._ipfs_peers},
+            "neighbours": len(self.gossip.pubsub.neighbours),
+            "nat": self.reachability.nat,
+            "external": list(self.reachability.external),
+            "clock": {
+                "off": off,
+                "why": "most announcements of others have a wrong time" if off else None,
+            },
+            "peer_api": {
+                "port": self.ports.direct,
+                "open": bool(urls),
+                "url": urls[0] if urls else None,
+            },
+            "swarm": {
+                "name": self._config.swarm.name,
+                "closed": bool(self._config.swarm.name),
+            },
+        }
 
     # -- how we are reached -------------------------------------------------------------------------------------------
 
@@ -340,6 +383,7 @@ class Connectivity:
         """Our own addresses change: a reservation is made, a cable is plugged in, somebody outside comes in."""
         while True:
             self.gossip.pubsub.identity = await node.identity()
+            self._ipfs_peers = len(await node.peers())
             if self._config.network == "public":
                 await self._look_who_came(node)
             addresses = self._multiaddrs()
