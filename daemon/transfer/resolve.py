@@ -140,8 +140,7 @@ class Resolver:
             deadline = time.monotonic() + _GOSSIP_WAIT_S
             search = asyncio.ensure_future(self._search(text, lambda: bool(matching())))
             try:
-                # Announcements come in while both wait; there is no event for the one that matches.
-                while not matching() and (time.monotonic() < deadline or not search.done()):  # noqa: ASYNC110
+                while not matching() and (time.monotonic() < deadline or not search.done()):  # noqa: ASYNC110 - no event tells
                     await asyncio.sleep(_LOOK_S)
             finally:
                 search.cancel()
