@@ -45,6 +45,7 @@ from registry.store import Ledger
 _log = logging.getLogger(__name__)
 
 _JOIN_WAIT_S = 20.0  # how long a join waits for IPFS to come up
+_NEW_START_S = 4.0  # how long a question waits for IPFS to be there again
 _LOOK_S = 1.0  # between two looks at our own addresses
 _REMEMBER_S = 60.0  # between two looks at which peers are good
 _REMEMBERED = "ipfs.good_peers"
@@ -71,7 +72,12 @@ class Connectivity:
     ) -> None:
         self.node = key_name(key)
         self.ports = Ports(0, 0)
-        self.ways = Ways(network=config.network, ipfs=self._ipfs, http=http, membership=membership)
+        self.ways = Ways(
+            network=config.network,
+            ipfs=lambda: keeper.node_within(_NEW_START_S),
+            http=http,
+            membership=membership,
+        )
         self.reachability = Reachability(
             self.node,
             self.ways,

@@ -12,7 +12,7 @@ afterwards is sealed or signed, so that a lie leads nowhere.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -68,16 +68,15 @@ class Relays(Protocol):
 
 
 class Ways:
-    """`ipfs` gives the node while it answers; `network` is the kind of network this node lives in; `relays` is set once.
-
-    `http` has the middleware of `membership`.
+    """`ipfs` gives the IPFS node, waiting a moment where it is about to answer; None when there is none. `network` is the kind
+    of network this node lives in; `relays` is set once. `http` has the middleware of `membership`.
     """
 
     def __init__(
         self,
         *,
         network: Network,
-        ipfs: Callable[[], IpfsNode | None],
+        ipfs: Callable[[], Awaitable[IpfsNode | None]],
         http: aiohttp.ClientSession,
         membership: Membership,
     ) -> None:
@@ -162,7 +161,7 @@ class Ways:
 
     @asynccontextmanager
     async def _libp2p(self, peer_id: str, multiaddrs: Sequence[str]) -> AsyncIterator[Way]:
-        node = self._ipfs()
+        node = await self._ipfs()
         if node is None:
             raise Unserved("peer", "IPFS is not running here")
         allowed = [one for one in multiaddrs if ranges.allows_multiaddr(self._network, one)]

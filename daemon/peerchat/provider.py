@@ -114,7 +114,9 @@ class PeerProvider:
         return seal_request(question, node=self._peer.node, key=max(keys, key=lambda key: key.expires))
 
     async def _post(self, way: Way, sealed: bytes) -> aiohttp.ClientResponse:
-        headers = {**way.headers, "Content-Type": REQUEST_TYPE, "Connection": "close"}
+        # Never "Connection: close": the far Kubo resets its libp2p stream once the peer API has closed, and over QUIC a reset
+        # throws away what is still on its way, the end of the answer. We are the ones to close.
+        headers = {**way.headers, "Content-Type": REQUEST_TYPE}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self._stall_s)
         body = io.BytesIO(sealed)
         try:

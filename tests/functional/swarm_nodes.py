@@ -182,7 +182,7 @@ async def swarm_node(
             address = usable(Address(name, addresses, (), (url,) if direct else ()))
             return Card(identity.peer_id if identity else None, address, seal_keys.public())
 
-        ways = Ways(network="loopback", ipfs=ipfs, http=http, membership=membership)
+        ways = Ways(network="loopback", ipfs=ipfs_now, http=http, membership=membership)
         gossip = Gossip(
             OwnPages(key, ledger, card=card, describe=describe, clock=clock),
             table=table,
