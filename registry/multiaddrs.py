@@ -99,6 +99,28 @@ def is_inside(ip: IPv4Address | IPv6Address, network: Network) -> bool:
     return isinstance(ip, IPv4Address) and ip.is_loopback
 
 
+def both_transports(address: str) -> tuple[str, ...]:
+    """A public address over QUIC and over TCP, whichever of them is given; any other address alone.
+
+    Our nodes listen on both under one number. A hole can be punched only over a transport on which both
+    homes know their outside address, which they learn from the public nodes that they dialled; a node that
+    is given both forms prefers QUIC, so two homes prefer the same.
+    """
+    try:
+        parsed = parse_multiaddr(address)
+    except Malformed:
+        return (address,)
+    if not is_public(parsed.ip):
+        return (address,)
+    kind, host = address.split("/")[1:3]
+    rest = address.split(f"/{parsed.port}", 1)[1].removeprefix("/quic-v1")
+    head = f"/{kind}/{host}"
+    return (
+        f"{head}/udp/{parsed.port}/quic-v1{rest}",
+        f"{head}/tcp/{parsed.port}{rest}",
+    )
+
+
 def usable_multiaddrs(addresses: Iterable[str], network: Network) -> tuple[str, ...]:
     """Of a node's own addresses those that a stranger can use in a network of this kind, best first.
 

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from daemon.ipfs.rpc import Rpc, RpcError, gone
+from registry import endpoints
+from registry.errors import Malformed
+from registry.multiaddrs import both_transports, parse_multiaddr
 
 _log = logging.getLogger(__name__)
 
 _ENOUGH = 4  # connected peers; with these Kubo's DHT finds the rest, and Kubo itself asks for no more
 _AT_ONCE = 16
 _DIAL_S = 10.0
+_COMPANY = 128  # connections
 
 
-async def enter(rpc: Rpc, *, held: Sequence[str], bootstrap: Sequence[str]) -> None:
-    """Connect to every peer of `held`, and to those of `bootstrap` in their order until there are enough.
+Company = tuple[tuple[str, ...], ...]  # of each peer its addresses
+
+
+async def enter(rpc: Rpc, *, held: Sequence[str], company: Company, bootstrap: Sequence[str]) -> None:
+    """Connect to every peer of `held` and `company`, and to those of `bootstrap` in their order until there are enough.
 
     What cannot be reached is no error: Kubo goes on trying the former (10 minutes apart at most, in the end) and, while it has
     fewer than four peers, the latter (every 30 s, with libp2p's own backoff for dead addresses).
@@ -29,9 +36,34 @@ async def enter(rpc: Rpc, *, held: Sequence[str], bootstrap: Sequence[str]) -> N
     """
     await asyncio.gather(
         *(_dial(rpc, [address]) for address in held),
+        *(_dial(rpc, addresses) for addresses in company),
         _until_enough(rpc, _by_peer(bootstrap)),
         _list(rpc, bootstrap),
     )
+
+
+async def company(rpc: Rpc) -> Company:
+    """Who is connected now, at the far end of the connection (a punched hole stays open for a while) and at what it told us.
+
+    Whoever draws from us is to be met again at once.
+    """
+    found = await _call(rpc, "swarm/peers", options={"identify": True})
+    met: dict[str, tuple[str, ...]] = {}
+    for entry in (found["Peers"] or ())[:_COMPANY]:
+        told = (entry.get("Identify") or {}).get("Addresses") or ()
+        known = (f"{entry['Addr']}/p2p/{entry['Peer']}", *told)
+        usable = tuple(address for address in known if _is_understood(address))
+        if usable and "/p2p-circuit" not in entry["Addr"]:
+            met[entry["Peer"]] = usable[: endpoints.MAX_ENDPOINTS]
+    return tuple(met.values())
+
+
+def _is_understood(address: str) -> bool:
+    try:
+        parse_multiaddr(address)
+    except Malformed:
+        return False
+    return True
 
 
 async def hold(rpc: Rpc, held: Sequence[str]) -> None:
@@ -69,9 +101,10 @@ async def _connected(rpc: Rpc) -> int:
 
 async def _dial(rpc: Rpc, addresses: Sequence[str], deadline_s: float = _DIAL_S) -> bool:
     """Whether there is a connection now. `addresses` are one peer's."""
+    ways = dict.fromkeys(way for address in addresses for way in both_transports(address))
     try:
         async with asyncio.timeout(deadline_s):
-            await rpc.call("swarm/connect", *addresses, timeout_s=None)
+            await rpc.call("swarm/connect", *ways, timeout_s=None)
     except TimeoutError:
         _log.info("%s does not answer", addresses[0])
         return False
@@ -82,15 +115,23 @@ async def _dial(rpc: Rpc, addresses: Sequence[str], deadline_s: float = _DIAL_S)
 
 
 async def answering(rpc: Rpc, addresses: Sequence[str], *, deadline_s: float) -> tuple[str, ...]:
-    """Those of `addresses` (one for each peer) to which there is a connection, made if need be, within `deadline_s`."""
+    """Those of `addresses` (one for each peer) to which there is a connection, made if need be, within `deadline_s`.
 
-    found = await asyncio.gather(*(_dial(rpc, [address], deadline_s) for address in addresses))
-    return tuple(address for address, good in zip(addresses, found, strict=True) if good)
+    Each in the form in which it answered, because of hole punching (`both_transports`).
+    """
+    dialled = await asyncio.gather(*(_dial(rpc, [address], deadline_s) for address in addresses))
+    found = await _call(rpc, "swarm/peers")
+    reached = {f"{entry['Addr']}/p2p/{entry['Peer']}" for entry in found["Peers"] or ()}
+    return tuple(
+        next((way for way in both_transports(address) if way in reached), address)
+        for address, good in zip(addresses, dialled, strict=True)
+        if good
+    )
 
 
-async def _call(rpc: Rpc, call: str, *args: str) -> Any:
+async def _call(rpc: Rpc, call: str, *args: str, options: Mapping[str, object] | None = None) -> Any:
     try:
-        return await rpc.call(call, *args)
+        return await rpc.call(call, *args, options=options)
     except TimeoutError as error:
         raise gone(error) from error
 

@@ -56,6 +56,7 @@ class IpfsKeeper:
         self._binary: Path | None = None  # found, and not known to be bad
         self._process: KuboProcess | None = None
         self._peerings = Peerings()
+        self._company: entering.Company = ()  # of the life before, where it was ended on purpose
         self._wanted = reach or Reach()
         # Relays are taken up once they have been seen to answer (see `_chosen`).
         self._running = replace(self._wanted, relays=())
@@ -189,7 +190,8 @@ class IpfsKeeper:
     async def _enter(self, rpc: Rpc) -> None:
         public = self._config.network == "public"
         bootstrap = (*self._wanted.bootstrap, *self._config.ipfs.bootstrap) if public else ()
-        await entering.enter(rpc, held=self._peerings.addresses(), bootstrap=bootstrap)
+        company, self._company = self._company, ()
+        await entering.enter(rpc, held=self._peerings.addresses(), company=company, bootstrap=bootstrap)
 
     # -- another start ------------------------------------------------------------------------------------------------
 
@@ -205,6 +207,7 @@ class IpfsKeeper:
             chosen = await self._chosen(rpc)
             if chosen.needs_restart(self._running):
                 log.info("IPFS starts again: %s, %d relays", chosen.reachability, len(chosen.relays))
+                self._company = await entering.company(rpc)
                 self._running = chosen
                 self._started = time.monotonic()
                 return

@@ -28,6 +28,7 @@ from daemon.ipfs.rpc import UNARY_S, Rpc, RpcError, gone, refused
 from daemon.ipfs.swarm import Acquaintances, read_connections, read_reachability
 from daemon.ipfs.unary import unary
 from registry.cid import leaf_cid
+from registry.multiaddrs import both_transports
 
 T = TypeVar("T")
 
@@ -301,7 +302,7 @@ class KuboNode:
         try:
             async with asyncio.timeout(deadline_s):
                 for patience in _punching_times():
-                    await self._rpc.call("swarm/connect", multiaddr, timeout_s=None)
+                    await self._rpc.call("swarm/connect", *both_transports(multiaddr), timeout_s=None)
                     relayed = not await self._direct_within(peer, patience)
                     if not relayed:
                         return

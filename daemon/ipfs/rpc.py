@@ -21,6 +21,7 @@ UNARY_S = 10.0  # seconds in which a call that needs no other node answers
 
 _CONNECT_S = 5.0
 _MAX_REPLY = 64 << 20  # a pin list of a large node has some MiB
+_MAX_REASON = 500  # characters
 _LINE_BUFFER = 1 << 21  # a pubsub message of 1 MiB in base64, and its frame
 
 
@@ -28,7 +29,9 @@ class RpcError(Unavailable):
     """Kubo answered, and said no. `why` is its own message."""
 
     def __init__(self, call: str, why: str) -> None:
-        super().__init__(f"IPFS {call}", why, "logs/kubo.log may say more")
+        # Of a failed dial Kubo tells every address in a line of its own.
+        one_line = " ".join(why.split())[:_MAX_REASON]
+        super().__init__(f"IPFS {call}", one_line, "logs/kubo.log may say more")
 
 
 class Rpc:

@@ -69,7 +69,9 @@ class Relays(Protocol):
 
 class Ways:
     """`ipfs` gives the IPFS node, waiting a moment where it is about to answer; None when there is none. `network` is the kind
-    of network this node lives in; `relays` is set once. `http` has the middleware of `membership`.
+    of network this node lives in; `relays` is set once.
+
+    `http` has the middleware of `membership`.
     """
 
     def __init__(

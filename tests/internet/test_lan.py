@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from tests.functional.nodes import until
-from tests.internet.world import Host, World
-
-
-def served(by: Host, code: str) -> dict[str, Any] | None:
-    """What a host's `models` says of a code, once somebody serves it."""
-    found = [model for model in by.run("models") if model["code"] == code and model["serving"]]
-    return found[0] if found else None
+from tests.internet.world import World
 
 
 def test_two_hosts_meet_by_mdns_then_ask_and_pull(world: World, original: Path) -> None:
@@ -21,8 +13,7 @@ def test_two_hosts_meet_by_mdns_then_ask_and_pull(world: World, original: Path) 
     world.up(a, b)
     code = a.run("publish", str(original))["code"]
     a.run("serve", code)
-    model = until(lambda: served(b, code), "A's model on B's list")
-    assert not model["local"]
+    assert not b.served(code)["local"]
     for _ in range(10):  # over QUIC the end of an answer has been lost now and then
         answer = b.run("ask", "Say yes.", f"#{code}", "--max-tokens", "20")
         assert answer["answered_by"] == a.status["node"]

@@ -24,7 +24,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tests.functional.nodes import Node, until
 from tests.internet.namespaces import Namespace, mark, remove_leftovers
@@ -134,6 +134,14 @@ class Host(Node):
     def _settled(self) -> bool:
         self.status = self.run("status")
         return bool(self.status["ipfs"]["state"] != "starting")
+
+    def served(self, code: str) -> dict[str, Any]:
+        """What its `models` says of a code as soon as somebody serves it. Fails when nobody does."""
+
+        def listed() -> dict[str, Any] | None:
+            return next((model for model in self.run("models") if model["code"] == code and model["serving"]), None)
+
+        return until(listed, f"#{code} served on {self.name}'s list")
 
     def do(self, *command: str) -> str:
         """What any command prints that runs on this host."""
