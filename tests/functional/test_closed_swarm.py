@@ -189,6 +189,7 @@ async def test_neither_joins_the_other(tmp_path: Path, keys: Any) -> None:
                 with pytest.raises(SwarmError) as failed:
                     await one.gossip.join(address)
                 assert failed.value.exit_code in (4, 5)
+                assert "no node of this swarm" in failed.value.why
         assert nodes(a) == nodes(stranger) == set()
         # Even a true page of a stranger, sent with all proofs but that of membership, is not heard.
         body = {"envelopes": [page.decode() for page in await stranger.gossip.own_pages()]}
