@@ -255,11 +255,14 @@ class _Daemon:
             http=http,
             membership=self._membership,
             seal_keys=seal_keys,
-            describe=offering.describe,
+            offers=offering.offers,
             join=self._join,
         )
         ways = connectivity.ways
-        answers = Answers(peers, offering.askable, offering.offers, ways=ways, http=http, clock=time.time)
+        search = connectivity.rendezvous.search
+        answers = Answers(
+            peers, offering.askable, offering.offers, ways=ways, http=http, clock=time.time, search=search
+        )
         chats = ChatServer(seal_keys, offering.provider)
         self._busy = lambda: chats.answering > 0 or ways.answering
         objects = ObjectServer(has.library.small_object, self._membership)
@@ -280,7 +283,7 @@ class _Daemon:
         stack.push_async_callback(transfers.close)
         publisher = Publisher(has.store, has.library, self._key)
         objects = Objects(self._ipfs, voice.connectivity.ways, voice.http, self._membership)
-        resolver = Resolver(objects, voice.peers, has.trust, self._ipfs, config.ipfs.enabled)
+        resolver = Resolver(objects, voice.peers, has.trust, self._ipfs, config.ipfs.enabled, voice.connectivity.rendezvous.search)
         patience = Patience(config.transfer.stall, config.transfer.give_up)
         sources = Sources(self._ipfs, config.ipfs.enabled, RateLimit(config.transfer.download_rate), patience)
         puller = Puller(has.store, has.library, resolver, publisher, has.torrents, sources)
@@ -311,7 +314,8 @@ class _Daemon:
             except TimeoutError:
                 node = self._keeper.node
             if node is not None:
-                await library.keep_pinned(node, own=not self._config.ipfs.rpc)
+                others = self._connectivity.rendezvous.pinned if self._connectivity is not None else frozenset()
+                await library.keep_pinned(node, own=not self._config.ipfs.rpc, others=others)
 
     async def _keep_sound(self, voice: _Voice, library: Library) -> None:
         """Whoever edits a model's file in place shall not have it served and seeded under its old name."""
@@ -339,6 +343,7 @@ class _Daemon:
             voice.upstreams, voice.connectivity, voice.supervisor,
         )  # fmt: skip
         services = Services(
+            config=config, reached_via=voice.connectivity.ways.via,
             library=has.library, pull=pull, publish=publish, transfers=transfers, serving=voice.serving,
             upstreams=voice.upstreams, peers=voice.peers, own_offers=voice.offering.offers,
             gossip=voice.connectivity, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,

@@ -12,7 +12,7 @@ from daemon.gossip import exchange
 from daemon.gossip.ear import Ear
 from daemon.gossip.peers import PeerTable
 from daemon.membership import Membership
-from daemon.peerapi.ways import Way, Ways
+from daemon.peerapi.ways import CONNECT_S, Way, Ways
 from registry.records import Address, Peer
 
 
@@ -39,12 +39,12 @@ class Meeting:
         self._bridge = bridge
         self._random = random.Random()
 
-    async def meet(self, address: Address) -> Peer:
+    async def meet(self, address: Address, *, deadline_s: float = CONNECT_S) -> Peer:
         """The node at an address that a person gave, or that was met before.
 
         Raises `Unserved` with each way that failed, `VerificationError` when another node answers.
         """
-        async with self._ways.to_address(address) as way:
+        async with self._ways.to_address(address, deadline_s=deadline_s) as way:
             return await self.over(way, address.node)
 
     async def over(self, way: Way, node: str) -> Peer:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import aiohttp
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,6 +21,7 @@ from daemon.errors import SwarmError
 from daemon.gossip.gossip import Gossip
 from daemon.gossip.pages import Card, OwnPages
 from daemon.gossip.peers import PeerTable
+from daemon.gossip.rendezvous import Rendezvous
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.keeper import IpfsKeeper
 from daemon.ipfs.reach import MAX_RELAYS, MAX_REMEMBERED, Reach, direct_addresses
@@ -48,11 +49,12 @@ _JOIN_WAIT_S = 20.0  # how long a join waits for IPFS to come up
 _NEW_START_S = 4.0  # how long a question waits for IPFS to be there again
 _LOOK_S = 1.0  # between two looks at our own addresses
 _REMEMBER_S = 60.0  # between two looks at which peers are good
+_ALONE_S, _LONGEST_ALONE_S = 2.0, 120.0  # between two searches for anybody
 _REMEMBERED = "ipfs.good_peers"
 
 
 class Connectivity:
-    """`describe` gives our offers; `join` are the addresses of the settings. Set `ports` before `start`."""
+    """`offers` gives ours; `join` are the addresses of the settings. Set `ports` before `start`."""
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class Connectivity:
         http: aiohttp.ClientSession,
         membership: Membership,
         seal_keys: SealKeys,
-        describe: Callable[[], Awaitable[Sequence[Offer]]],
+        offers: Callable[[], Sequence[Offer]],
         join: Sequence[Address],
     ) -> None:
         self.node = key_name(key)
@@ -88,7 +90,7 @@ class Connectivity:
             on_change=self._on_change,
         )
         self.gossip = Gossip(
-            OwnPages(key, ledger, card=self._card, describe=describe, clock=time.time),
+            OwnPages(key, ledger, card=self._card, offers=offers, clock=time.time),
             table=table,
             ledger=ledger,
             supervisor=supervisor,
@@ -100,6 +102,18 @@ class Connectivity:
             join=join,
         )
         self._ping = Ping(self.node, membership)
+        self.rendezvous = Rendezvous(
+            membership,
+            self.gossip.meeting,
+            network=config.network,
+            dht=torrents.dht if torrents is not None else None,
+            ipfs=self._ipfs,
+            offers=offers,
+            carried=lambda: (),
+            port=self._reached_port,
+            external=lambda: self.reachability.external,
+            enabled=config.swarm.rendezvous,
+        )
         self._dialback = DialBack(config.network, self._ipfs, http, membership)
         self._config = config
         self._ledger = ledger
@@ -128,8 +142,12 @@ class Connectivity:
         await self.gossip.start(self.ports.streams)
         if self._config.network == "public":
             self._supervisor.run("reachability", self.reachability.run, restart=True)
+            self._supervisor.run("announce on DHT", self.rendezvous.announce_forever, restart=True)
+            self._supervisor.run("provide", self.rendezvous.provide_forever, restart=True)
+            self._supervisor.run("look for others", self._look_for_others, restart=True)
 
     async def close(self) -> None:
+        await self.rendezvous.close()
         await self.gossip.close()
 
     async def join(self, address: Address) -> Peer:
@@ -157,6 +175,7 @@ class Connectivity:
     async def on_ipfs_gone(self) -> None:
         await self._supervisor.stop("good peers")
         await self._supervisor.stop("own addresses")
+        self.rendezvous.forget_provided()
         await self.gossip.on_ipfs_gone()
 
     # -- how we are reached -------------------------------------------------------------------------------------------
@@ -215,6 +234,10 @@ class Connectivity:
             return network.private_address()
         reached = part in self.reachability.reached
         return self.reachability.external[0] if reached else None
+
+    def _reached_port(self) -> int | None:
+        """The port at which others reach our peer API; None where they do not."""
+        return self.ports.direct if "http" in self.reachability.reached else None
 
     def _own_ports(self) -> Mapping[str, int]:
         """The ports that somebody outside may try, by part."""
@@ -298,6 +321,18 @@ class Connectivity:
         known = (*ours, *self._good_peers)
         allowed = tuple(one for one in known if ranges.allows_multiaddr("public", one))
         return direct_addresses(allowed, MAX_REMEMBERED)
+
+    async def _look_for_others(self) -> None:
+        """A node that hears nobody, and was told of nobody, looks on the DHTs for anybody."""
+        heard = self.gossip.ear.heard
+        pause_s = _ALONE_S
+        while True:
+            await asyncio.sleep(pause_s)
+            if heard:
+                pause_s = _ALONE_S
+                continue
+            await self.rendezvous.search(None, lambda: bool(heard))
+            pause_s = min(2 * pause_s, _LONGEST_ALONE_S)
 
     # -- watching -----------------------------------------------------------------------------------------------------
 

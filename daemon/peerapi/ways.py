@@ -34,6 +34,7 @@ CONNECT_S = 5.0  # for one way to a peer
 RELAYS_AFTER_S = 0.3  # head start of the ways without a relay
 _URLS_TRIED = 3
 _MULTIADDRS_TRIED = 8
+_REACHED_KEPT = 1024  # nodes of which is known how they were reached
 
 AUTO, NEVER = "auto", "never"  # of `via`; anything else is the node key of a relay
 
@@ -87,6 +88,7 @@ class Ways:
         self._ipfs = ipfs
         self._http = http
         self.relays: Relays | None = None
+        self._reached: dict[str, str | None] = {}  # by node: the relay of the last way to it
         self._answers = 0
 
     @property
@@ -103,6 +105,10 @@ class Ways:
         finally:
             self._answers -= 1
 
+    def via(self, node: str) -> str | None:
+        """The relay through which a node was reached last; None when it was none."""
+        return self._reached.get(node)
+
     @asynccontextmanager
     async def to(
         self, peer: Peer, *, via: str = AUTO, deadline_s: float = CONNECT_S
@@ -111,7 +117,11 @@ class Ways:
 
         Raises `Unserved` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
         """
-        stack, way = await self._first(self._candidates(peer, via), peer.node, deadline_s)
+        candidates = self._candidates(peer, via)
+        if not candidates and via not in (AUTO, NEVER):
+            raise Unserved("peer", f"node {via.removeprefix('ed25519:')[:8]} does not carry for it")
+        stack, way = await self._first(candidates, peer.node, deadline_s)
+        self._note(peer.node, way)
         async with stack:
             yield way
 
@@ -125,6 +135,12 @@ class Ways:
         stack, way = await self._first(ways, address.node, deadline_s)
         async with stack:
             yield way
+
+    def _note(self, node: str, way: Way) -> None:
+        self._reached.pop(node, None)
+        self._reached[node] = way.via
+        if len(self._reached) > _REACHED_KEPT:
+            del self._reached[next(iter(self._reached))]  # the one reached longest ago
 
     # -- which ways there are ---------------------------------------------------------------------------------------
 

@@ -112,6 +112,10 @@ class Node:
         return any(offer.node == other.key and offer.serving >= serving for offer in self.table.offers())
 
 
+async def nowhere(ref: str | None, found: Callable[[], bool]) -> None:
+    """A search that finds nobody: there is no DHT here."""
+
+
 async def until(condition: Callable[[], bool], within_s: float = 20.0) -> float:
     """Seconds until `condition()` held."""
     began = time.monotonic()
@@ -162,9 +166,6 @@ async def swarm_node(
         def local() -> list[LocalModel]:
             return [LocalModel(offer, node.served[offer.cid]) for offer in node.held if offer.cid in node.served]
 
-        async def describe() -> list[Offer]:
-            return node.held
-
         async def object_bytes(cid: str) -> bytes | None:
             return node.objects.get(cid)
 
@@ -184,7 +185,7 @@ async def swarm_node(
 
         ways = Ways(network="loopback", ipfs=ipfs_now, http=http, membership=membership)
         gossip = Gossip(
-            OwnPages(key, ledger, card=card, describe=describe, clock=clock),
+            OwnPages(key, ledger, card=card, offers=lambda: node.held, clock=clock),
             table=table,
             ledger=ledger,
             supervisor=supervisor,
@@ -204,7 +205,7 @@ async def swarm_node(
             PeerApi(routes, membership=membership, limits=limits).listening(["127.0.0.1"], 0)
         )
         url = f"http://127.0.0.1:{ports.direct}"
-        answers = Answers(table, local, lambda: node.held, ways=ways, http=http, clock=clock)
+        answers = Answers(table, local, lambda: node.held, ways=ways, http=http, clock=clock, search=nowhere)
         node = Node(name, gossip, table, answers, seal_keys, http, ways, membership, url, [], {}, supervisor)
         await gossip.start(ports.streams)
         stack.push_async_callback(gossip.close)
