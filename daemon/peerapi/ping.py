@@ -53,6 +53,8 @@ async def ping(
         async with http.get(
             url + PATH, headers={ASKED: node}, timeout=timeout, allow_redirects=False
         ) as response:
+            if response.status == 404:
+                raise Unserved("peer", "what answers there is no node of this swarm")
             if response.status != 200:
                 raise Unserved("peer", f"its peer API answered {response.status}")
             data = await response.content.read(_LIMIT + membership.overhead + 1)
@@ -64,8 +66,8 @@ async def ping(
         answer = membership.open(data, _ANSWER, limit=_LIMIT)
         fields = strictjson.loads(answer, limit=_LIMIT, what="the answer")
     except (Malformed, NotVerified) as error:
-        raise VerificationError("peer", "what answers there is no node") from error
+        raise VerificationError("peer", "what answers there is no node of this swarm") from error
     match fields:
         case {"node": str(found)}:
             return found
-    raise VerificationError("peer", "what answers there is no node")
+    raise VerificationError("peer", "what answers there is no node of this swarm")

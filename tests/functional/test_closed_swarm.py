@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,7 +32,9 @@ from registry.cid import leaf_cid
 from registry.envelope import key_name, sign
 from registry.membership import derive
 from registry.records import Address, Announcement
+from tests.functional import nodes as daemons
 from tests.functional.swarm_nodes import CID, Node, Script, swarm_node, text_of, until
+from tests.unit.gguf_files import tiny_gguf
 
 LAB = derive("the lab", "correct horse battery staple")
 BAR = derive("the lab", "another horse battery staple")
@@ -184,6 +189,7 @@ async def test_neither_joins_the_other(tmp_path: Path, keys: Any) -> None:
                 with pytest.raises(SwarmError) as failed:
                     await one.gossip.join(address)
                 assert failed.value.exit_code in (4, 5)
+                assert "no node of this swarm" in failed.value.why
         assert nodes(a) == nodes(stranger) == set()
         # Even a true page of a stranger, sent with all proofs but that of membership, is not heard.
         body = {"envelopes": [page.decode() for page in await stranger.gossip.own_pages()]}
@@ -372,3 +378,48 @@ async def test_nobody_else_answers_for_a_model_of_the_swarm(tmp_path: Path) -> N
             await stranger.answers.open(CID, QUESTION)
         with pytest.raises(NotFound):
             await a.answers.open(leaf_cid(b"elsewhere"), QUESTION)
+
+
+# -- whole daemons ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, kubo_binary: Path) -> Iterator[Callable[[str], daemons.Node]]:
+    yield from daemons.nodes(tmp_path, kubo_binary)
+
+
+def test_daemons_of_a_closed_swarm_share_a_model_and_keep_the_secret(
+    daemon: Callable[[str], daemons.Node], tmp_path: Path
+) -> None:
+    secret = "Kd8vN2xQ-not-to-be-seen"
+    a, b, stranger = daemon("a"), daemon("b"), daemon("stranger")
+    a.home.mkdir()
+    (a.home / "config.toml").write_text(f"[swarm]\nname = 'the lab'\nsecret = '{secret}'\n")
+    b.environment |= {"SWARMCTL_SWARM_NAME": "the lab", "SWARMCTL_SWARM_SECRET": secret}
+    for node in (a, b, stranger):
+        node.up()
+    code = a.run("publish", str(tiny_gguf(tmp_path / "tiny.gguf", 1 << 20)))["code"]
+    b.join(a)
+    assert daemons.until(lambda: b.run("models"), "the model of the other member")[0]["code"] == code
+    b.run("pull", code)
+    assert b.blobs() == a.blobs()
+
+    refused = stranger.fails("join", a.status["addresses"][0])
+    assert refused.code in (4, 5)
+    assert stranger.run("models") == stranger.run("peers") == []
+    assert [peer["node"] for peer in a.run("peers")] == [b.status["node"]]
+
+    for node in (a, b):
+        said = json.dumps([node.run("status"), node.run("peers"), node.run("models")])
+        log = (node.home.parent / f"{node.home.name}.log").read_text()
+        kept = [path.read_bytes() for path in node.home.rglob("*") if path.is_file() and path.name != "config.toml"]
+        assert secret not in said + log and not any(secret.encode() in data for data in kept)
+        for child in psutil.Process(node.status["pid"]).children(recursive=True):
+            assert secret not in child.environ().values() and secret not in " ".join(child.cmdline())
+
+    # A member that leaves the swarm takes nobody along.
+    a.stop()
+    os.remove(a.home / "config.toml")
+    a.up()
+    assert a.run("peers") == []
+    assert a.fails("join", b.status["addresses"][0]).code in (4, 5)

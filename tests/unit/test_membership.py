@@ -216,7 +216,7 @@ def test_a_proof_for_whoever_answers_counts_when_the_key_was_not_known() -> None
         {"at_ms": NOW_MS + rules.MAX_SKEW_MS + 1},
         {"at_ms": 0},
     ],
-    ids=str,
+    ids=lambda wrong: next(iter(wrong)),
 )
 def test_a_proof_of_something_else_does_not_count(wrong: dict[str, Any]) -> None:
     assert not admitted(closed(), prove(**wrong))
