@@ -147,7 +147,9 @@ def _life(process: psutil.Process) -> str:
 
 
 def _lives(life: str) -> bool:
+    """Nobody may have reaped the dead one: then its number and birth are still there."""
     try:
-        return _life(psutil.Process(int(life.split()[0]))) == life
+        process = psutil.Process(int(life.split()[0]))
+        return process.status() != psutil.STATUS_ZOMBIE and _life(process) == life
     except psutil.NoSuchProcess:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -250,9 +251,10 @@ def test_what_a_killed_run_left_is_removed_by_the_next() -> None:
             assert killed.stdout is not None
             left = psutil.Process(int(killed.stdout.readline()))
             killed.kill()
-        assert left.is_running()
-        remove_leftovers()
-        left.wait(timeout=10)
+            os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet reaped
+            assert left.is_running()
+            remove_leftovers()
+            left.wait(timeout=10)
         assert ours.processes()
     finally:
         ours.close()
