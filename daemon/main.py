@@ -49,6 +49,7 @@ from daemon.node.status import Status
 from daemon.peerapi.server import PeerApi
 from daemon.peerchat.seal import SealKeys
 from daemon.peerchat.server import ChatServer
+from daemon.relaying import pipes
 from daemon.supervise import Supervisor
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Patience, Sources
@@ -253,6 +254,7 @@ class _Daemon:
             torrents=has.torrents,
             supervisor=supervisor,
             http=http,
+            pipes=await stack.enter_async_context(pipes.session(self._membership)),
             membership=self._membership,
             seal_keys=seal_keys,
             offers=offering.offers,

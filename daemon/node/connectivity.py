@@ -35,9 +35,12 @@ from daemon.peerapi.ping import Ping
 from daemon.peerapi.server import Ports, Route
 from daemon.peerapi.ways import Ways
 from daemon.peerchat.seal import SealKeys
+from daemon.relaying.holder import RelayHolder
+from daemon.relaying.service import RelayService
+from daemon.relaying.tunnels import RelayTunnels
 from daemon.supervise import Supervisor
 from daemon.torrent.session import TorrentSession
-from registry import ranges
+from registry import codes, ranges
 from registry.address import usable
 from registry.envelope import key_name
 from registry.errors import Malformed
@@ -69,6 +72,7 @@ class Connectivity:
         torrents: TorrentSession | None,
         supervisor: Supervisor,
         http: aiohttp.ClientSession,
+        pipes: aiohttp.ClientSession,
         membership: Membership,
         seal_keys: SealKeys,
         offers: Callable[[], Sequence[Offer]],
@@ -104,6 +108,26 @@ class Connectivity:
             join=join,
         )
         self._ping = Ping(self.node, membership)
+        self.relay = RelayService(
+            self.node,
+            enabled=lambda: self.relaying,
+            bulk=lambda: config.swarm.relay_bytes,
+            on_change=self._on_carried,
+        )
+        self.holder = RelayHolder(
+            key,
+            network=config.network,
+            ways=self.ways,
+            http=pipes,
+            supervisor=supervisor,
+            candidates=self._carriers,
+            codes=self._shared_codes,
+            wanted=self._wants_relays,
+            streams_port=lambda: self.ports.streams,
+            on_change=self._on_change,
+        )
+        self.ways.relays = RelayTunnels(pipes, self.relay)
+        self.ways.lookup = table.peer
         self.rendezvous = Rendezvous(
             membership,
             self.gossip.meeting,
@@ -111,7 +135,7 @@ class Connectivity:
             dht=torrents.dht if torrents is not None else None,
             ipfs=self._ipfs,
             offers=offers,
-            carried=lambda: (),
+            carried=self._carried_codes,
             port=self._reached_port,
             external=lambda: self.reachability.external,
             enabled=config.swarm.rendezvous,
@@ -123,6 +147,7 @@ class Connectivity:
         self._keeper = keeper
         self._torrents = torrents
         self._supervisor = supervisor
+        self._offers = offers
         self._seal_keys = seal_keys
         self._good_peers: tuple[str, ...] = ()
         self._own_multiaddrs: tuple[str, ...] = ()
@@ -135,6 +160,7 @@ class Connectivity:
             *self._ping.routes(),
             *self._dialback.routes(),
             *self.gossip.routes(),
+            *self.relay.routes(),
         ]
 
     async def start(self) -> None:
@@ -145,6 +171,7 @@ class Connectivity:
         await self.gossip.start(self.ports.streams)
         if self._config.network == "public":
             self._supervisor.run("reachability", self.reachability.run, restart=True)
+            self.holder.start()
             self._supervisor.run("announce on DHT", self.rendezvous.announce_forever, restart=True)
             self._supervisor.run("provide", self.rendezvous.provide_forever, restart=True)
             self._supervisor.run("look for others", self._look_for_others, restart=True)
@@ -152,10 +179,13 @@ class Connectivity:
     async def close(self) -> None:
         await self.rendezvous.close()
         await self.gossip.close()
+        await self.holder.close()
+        await self.relay.close()
 
     async def join(self, address: Address) -> Peer:
         """Know the node at `address` from now on. Raises as `Gossip.join`."""
         peer = await self.gossip.join(address)
+        self.holder.changed()
         self.reachability.look_again()
         return peer
 
@@ -200,8 +230,13 @@ class Connectivity:
         off = self.gossip.ear.clock_is_off
         return {
             "reachability": self.reachability.state,
-            "relays": [],
-            "relaying": {"enabled": self.relaying, "nodes": 0, "streams": 0, "bytes": 0},
+            "relays": list(self.holder.held),
+            "relaying": {
+                "enabled": self.relaying,
+                "nodes": len(self.relay.held),
+                "streams": self.relay.streams,
+                "bytes": self.relay.carried,
+            },
             "dht": {"bittorrent": dht, "ipfs": self._ipfs_peers},
             "neighbours": len(self.gossip.pubsub.neighbours),
             "nat": self.reachability.nat,
@@ -240,6 +275,7 @@ class Connectivity:
             ipfs=self._multiaddrs(),
             bittorrent=self._bittorrent(),
             http=self._urls(),
+            relays=self.holder.points(),
         )
         peer_id = identity.peer_id if identity is not None else None
         return Card(peer_id, usable(address), self._seal_keys.public(), self.relaying)
@@ -318,7 +354,38 @@ class Connectivity:
 
     # -- how our IPFS node stands -------------------------------------------------------------------------------------
 
+    def _wants_relays(self) -> bool:
+        """Whether nobody can dial us, as far as is known."""
+        state = self.reachability.state
+        return state == "private" or (state == "unknown" and network.global_address() is None)
+
+    def _carriers(self) -> list[Peer]:
+        """Nodes that may carry for us, best first: those that we joined, then those that offer it."""
+        joined = self.gossip.joiner.peers()
+        offering = (peer for peer in self._table.peers() if peer.relay)
+        found = {peer.node: peer for peer in [*joined, *offering] if self._dialable(peer)}
+        return list(found.values())
+
+    def _shared_codes(self) -> set[str]:
+        """The codes under which our relays announce us."""
+        if not self._config.swarm.rendezvous:
+            return set()
+        offers = self._offers()
+        return {
+            codes.short(code)
+            for offer in offers
+            for code in codes.codes_of(offer.cid, offer.infohash_v2)
+        }
+
+    def _carried_codes(self) -> list[str]:
+        return [code for wanted in self.relay.codes().values() for code in sorted(wanted)]
+
+    def _on_carried(self) -> None:
+        """Others are carried for: the ways to them, and what is announced for them, follow by themselves."""
+        _log.info("this node carries for %d others", len(self.relay.held))
+
     def _on_change(self) -> None:
+        self.holder.changed()
         self._keeper.want(self._reach())
         self.gossip.changed()
 

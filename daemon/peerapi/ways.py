@@ -70,9 +70,9 @@ class Relays(Protocol):
 
 class Ways:
     """`ipfs` gives the IPFS node, waiting a moment where it is about to answer; None when there is none. `network` is the kind
-    of network this node lives in; `relays` is set once.
+    of network this node lives in. `http` has the middleware of `membership`.
 
-    `http` has the middleware of `membership`.
+    `relays` and `lookup`, which gives a known node by its key, are set once.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Ways:
         self._ipfs = ipfs
         self._http = http
         self.relays: Relays | None = None
+        self.lookup: Callable[[str], Peer | None] = lambda node: None
         self._reached: dict[str, str | None] = {}  # by node: the relay of the last way to it
         self._answers = 0
 
@@ -170,12 +171,21 @@ class Ways:
         here = relays.carried_here(peer.node) if via == AUTO else None
         if here is not None:
             return [_Candidate(_open(here, None), 0.0)]
-        points = [relay_address(point) for point in peer.address.relays]
-        return [
-            _Candidate(self._over(relays, point, peer.node), delay)
-            for point in points
-            if via in (AUTO, point.node)
-        ]
+        carriers = [self._carrier(relay_address(point)) for point in peer.address.relays]
+        if via != AUTO:
+            # A relay that somebody names may carry for the peer although the peer does not say so.
+            carriers = [one for one in carriers if one.node == via] or [self._carrier(Address(via))]
+        return [_Candidate(self._over(relays, one, peer.node), delay) for one in carriers]
+
+    def _carrier(self, point: Address) -> Peer:
+        """A relay, at the endpoint that the peer names for it and at those that are known here."""
+        known = self.lookup(point.node) or Peer(point.node, None, Address(point.node), 0, 0)
+        address = Address(
+            point.node,
+            ipfs=tuple(dict.fromkeys((*point.ipfs, *known.address.ipfs))),
+            http=tuple(dict.fromkeys((*point.http, *known.address.http))),
+        )
+        return Peer(point.node, known.peer_id or _peer_id(address), address, 0, 0)
 
     @asynccontextmanager
     async def _libp2p(self, peer_id: str, multiaddrs: Sequence[str]) -> AsyncIterator[Way]:
@@ -188,13 +198,12 @@ class Ways:
             yield Way(f"http://{host}:{port}")
 
     @asynccontextmanager
-    async def _over(self, relays: Relays, relay: Address, node: str) -> AsyncIterator[Way]:
-        carrier = Peer(relay.node, _peer_id(relay), relay, 0, 0)
+    async def _over(self, relays: Relays, carrier: Peer, node: str) -> AsyncIterator[Way]:
         async with (
             self.to(carrier, via=NEVER) as first_leg,
             relays.through(first_leg, node) as url,
         ):
-            yield Way(url, relay.node)
+            yield Way(url, carrier.node)
 
     # -- the first that works -----------------------------------------------------------------------------------------
 

@@ -92,8 +92,8 @@ class Dht:
         """Tell the DHT that TCP `port` of this node's address is to be found under `key` (20 bytes).
 
         Waits until the DHT has nodes, however long; returns when the lookup for the nodes near the key has begun. They
-        are told at its end, which nobody confirms: up to 15 s later where one of them does not answer. Nodes forget it after about half an hour. Does nothing where `enabled` is False. Raises `Unavailable` when the
-        session closes.
+        are told at its end, which nobody confirms: up to 15 s later where one of them does not answer. Nodes forget it
+        after about half an hour. Does nothing where `enabled` is False. Raises `Unavailable` when the session closes.
         """
         name = _sha1(key)
         if not self.enabled:
@@ -106,8 +106,8 @@ class Dht:
 
         Waits for the DHT to have nodes first. Ends when all nodes near the key have been asked, at the deadline, and at
         once where `enabled` is False. libtorrent only says how many lookups run: while there are others, ours may
-        last until the deadline, and 15 s where a node does not answer; peers come at once. Addresses may be anything, private ones too. Raises `Unavailable` when the session
-        closes.
+        last until the deadline, and 15 s where a node does not answer; peers come at once. Addresses may be anything,
+        private ones too. Raises `Unavailable` when the session closes.
         """
         name = _sha1(key)
         ends = asyncio.get_running_loop().time() + deadline_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +31,18 @@ from daemon.peerapi.server import PeerApi, Route
 from daemon.peerapi.ways import Ways
 from daemon.peerchat.seal import SealKeys
 from daemon.peerchat.server import ChatServer
+from daemon.relaying import pipes
+from daemon.relaying.holder import RelayHolder
+from daemon.relaying.limits import RelayLimits
+from daemon.relaying.service import RelayService
+from daemon.relaying.tunnels import RelayTunnels
 from daemon.supervise import Supervisor
 from daemon.transfer.objects import ObjectServer
 from registry.address import usable
 from registry.cid import leaf_cid
+from registry.codes import code_of_cid, short
 from registry.envelope import key_name
-from registry.records import Address, Offer
+from registry.records import Address, Offer, Peer
 
 CID = leaf_cid(b"a model")
 
@@ -94,6 +100,8 @@ class Node:
     held: list[Offer]
     served: dict[str, Provider]
     supervisor: Supervisor
+    relay: RelayService
+    holder: RelayHolder
     kubo: KuboProcess | None = None
     ipfs: IpfsNode | None = None
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -101,12 +109,20 @@ class Node:
     def holds(self, cid: str = CID, name: str = "a model", seeders: int = 1) -> None:
         self.held.append(Offer(self.key, cid, None, None, None, name, 1000, False, seeders=seeders))
         self.gossip.changed()
+        self.holder.changed()
 
     def serves(self, script: Provider, cid: str = CID, name: str = "a model", seeders: int = 1, size: int = 1000) -> None:
         self.held = [offer for offer in self.held if offer.cid != cid]
         self.held.append(Offer(self.key, cid, None, None, None, name, size, True, free_slots=1, seeders=seeders))
         self.served[cid] = script
         self.gossip.changed()
+
+    def peer(self) -> Peer:
+        """This node as others know it."""
+        address = self.gossip.pages.address()
+        identity = self.gossip.pubsub.identity
+        seal_keys = (self.seal_keys.public(),)
+        return Peer(self.key, identity.peer_id if identity else None, address, 0, 0, seal_keys)
 
     def sees(self, other: Node, *, serving: bool = False) -> bool:
         return any(offer.node == other.key and offer.serving >= serving for offer in self.table.offers())
@@ -138,10 +154,15 @@ async def swarm_node(
     standing: Callable[[str], Standing | None] = lambda key: None,
     limits: Limits | None = None,
     membership: Membership | None = None,
+    relays: bool = False,
+    relay_limits: RelayLimits | None = None,
+    hold: Sequence[Peer] | None = None,
 ) -> AsyncIterator[Node]:
     """One node, of the open swarm unless `membership` is another, made for the same `key`.
 
     `kubo` is the binary, None leaves IPFS off; without `direct` no URL of its peer API is announced.
+    With `relays` it carries for others. `hold` are the nodes that it asks to carry for it, from the start; later ones are put
+    in `hold`, if it is a list.
     """
     key = key or Ed25519PrivateKey.generate()
     membership = membership or OpenSwarm()
@@ -180,10 +201,34 @@ async def swarm_node(
         def card() -> Card:
             identity = gossip.pubsub.identity
             addresses = identity.addresses if identity else ()
-            address = usable(Address(name, addresses, (), (url,) if direct else ()))
-            return Card(identity.peer_id if identity else None, address, seal_keys.public())
+            urls = (url,) if direct else ()
+            address = usable(Address(name, addresses, (), urls, holder.points()))
+            peer_id = identity.peer_id if identity else None
+            return Card(peer_id, address, seal_keys.public(), relay=relays)
 
         ways = Ways(network="loopback", ipfs=ipfs_now, http=http, membership=membership)
+        pipe_http = await stack.enter_async_context(pipes.session(membership))
+        relay = RelayService(
+            name,
+            enabled=lambda: relays,
+            bulk=lambda: False,
+            on_change=lambda: gossip.changed(),
+            limits=relay_limits,
+        )
+        holder = RelayHolder(
+            key,
+            network="loopback",
+            ways=ways,
+            http=pipe_http,
+            supervisor=supervisor,
+            candidates=lambda: hold or (),
+            codes=lambda: {short(code_of_cid(offer.cid)) for offer in node.held},
+            wanted=lambda: hold is not None,
+            streams_port=lambda: ports.streams,
+            on_change=lambda: gossip.changed(),
+        )
+        ways.relays = RelayTunnels(pipe_http, relay)
+        ways.lookup = table.peer
         gossip = Gossip(
             OwnPages(key, ledger, card=card, offers=lambda: node.held, clock=clock),
             table=table,
@@ -199,15 +244,20 @@ async def swarm_node(
         )
         chats = ChatServer(seal_keys, provider, limits=limits)
         objects = ObjectServer(object_bytes, membership, limits=limits)
-        parts = (Ping(name, membership), gossip, chats, objects)
+        parts = (Ping(name, membership), gossip, chats, objects, relay)
         routes: list[Route] = [route for part in parts for route in part.routes()]
         ports = await stack.enter_async_context(
             PeerApi(routes, membership=membership, limits=limits).listening(["127.0.0.1"], 0)
         )
+        stack.push_async_callback(relay.close)
+        stack.push_async_callback(holder.close)
         url = f"http://127.0.0.1:{ports.direct}"
         answers = Answers(table, local, lambda: node.held, ways=ways, http=http, clock=clock, search=nowhere)
-        node = Node(name, gossip, table, answers, seal_keys, http, ways, membership, url, [], {}, supervisor)
+        node = Node(
+            name, gossip, table, answers, seal_keys, http, ways, membership, url, [], {}, supervisor, relay, holder
+        )
         await gossip.start(ports.streams)
+        holder.start()
         stack.push_async_callback(gossip.close)
         if kubo is not None:
             process = await asyncio.to_thread(
