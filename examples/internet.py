@@ -19,9 +19,9 @@ from tests.internet.probe import obstacle
 from tests.internet.world import Host, World, internet
 
 MAP = """
-   A 192.168.2.2 -- router 11.2.0.2 --.
-                                       >-- the wire -- R 11.1.0.2
-   B 192.168.3.2 -- router 11.3.0.2 --'
+   A 192.168.2.2 -- router 60.2.0.2 --.
+                                       >-- the wire -- R 60.1.0.2
+   B 192.168.3.2 -- router 60.3.0.2 --'
 """
 
 

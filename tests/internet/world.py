@@ -7,13 +7,14 @@
 
 The wire is a bridge in a namespace of its own. On it stand public hosts and routers:
 
-    public R   11.1.0.2 ----.
+    public R   60.1.0.2 ----.
                              \\
-    home A  192.168.2.2 -- router 11.2.0.2 -- the wire -- 11.0.0.1 -- (nothing)
+    home A  192.168.2.2 -- router 60.2.0.2 -- the wire -- 60.0.0.1 -- (nothing)
                              /
-    home B  192.168.3.2 -- router 100.64.3.2 -- carrier 11.3.0.2       LAN L  192.168.4.2 -- bridge -- 192.168.4.3
+    home B  192.168.3.2 -- router 100.64.3.2 -- carrier 60.3.0.2       LAN L  192.168.4.2 -- bridge -- 192.168.4.3
 
-Addresses: 11.0.0.0/8 because libp2p and libtorrent take documentation ranges for private ones; each host in another /16, because DHTs
+Addresses: 60.0.0.0/8 because libp2p and libtorrent take documentation ranges for private ones, and libtorrent's DHT answers nobody in
+11.0.0.0/8 and its like (`dht_ignore_dark_internet`); each host in another /16, because DHTs
 distrust neighbours. What has no host is refused at once, name lookups included, or nothing ever comes back (`beyond`).
 Multicast does not cross the wire (else hosts on it would find each other by mDNS, which no internet does), and there is no IPv6 on it.
 """
@@ -32,7 +33,7 @@ from tests.internet.sniffing import Sniffed, sniff
 
 Nat = Literal["preserving", "symmetric"]
 Beyond = Literal["refused", "silent"]
-GATEWAY = "11.0.0.1"
+GATEWAY = "60.0.0.1"
 
 
 class Cable:
@@ -197,7 +198,7 @@ class World:
 
     def public(self, name: str) -> Host:
         """A host that everybody reaches."""
-        namespace, address = self.namespace(), f"11.{self._number()}.0.2"
+        namespace, address = self.namespace(), f"60.{self._number()}.0.2"
         cable = self._on_the_wire(namespace, "eth0", address)
         return self.settle(name, "public", namespace, cable, address, ())
 
@@ -273,7 +274,7 @@ class World:
         return cable
 
     def _router(self, number: int, nat: Nat) -> Router:
-        namespace, address = self.namespace(), f"11.{number}.0.2"
+        namespace, address = self.namespace(), f"60.{number}.0.2"
         return Router(namespace, self._on_the_wire(namespace, "outside", address), address, nat)
 
     def _end_the_wire(self, beyond: Beyond) -> None:
