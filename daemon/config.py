@@ -18,6 +18,7 @@ from typing import Any, Literal, get_type_hints
 
 from daemon.errors import UsageError
 from daemon.ipfs.bootstrap import PUBLIC_BOOTSTRAP, check_bootstrap
+from daemon.membership import check as check_membership
 
 Network = Literal["public", "lan", "loopback"]
 
@@ -65,6 +66,8 @@ class Swarm:
     rendezvous: bool = True  # whether to be found on the DHTs by the codes of the models that are shared
     join: tuple[str, ...] = ()  # addresses of nodes to know from the start, separated by spaces
     heartbeat: int = 60  # seconds between announcements when nothing changes
+    name: str = ""  # of a closed swarm; empty: the open one
+    secret: str = field(default="", repr=False)  # of a closed swarm: whoever has it and the name is a member
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ _PORTS = {
     "loopback": {"api.port": 0, "ipfs.port": 0, "torrent.port": 0, "swarm.port": 0},
     "lan": {"swarm.port": 0},
 }
+_SECRETS = {"swarm.secret"}  # no message repeats them
 _SECTIONS: dict[str, type] = {
     "api": Api,
     "ipfs": Ipfs,
@@ -176,7 +180,8 @@ def _from_flags(flags: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
 
 def _convert(name: str, kind: Any, raw: Any, where: str) -> Any:
     def wrong(expected: str) -> UsageError:
-        return UsageError(where, f"{name} must be {expected}, not {raw!r}", "docs/settings.md lists the settings")
+        given = "" if name in _SECRETS else f", not {raw!r}"
+        return UsageError(where, f"{name} must be {expected}{given}", "docs/settings.md lists the settings")
 
     if kind is bool:
         if isinstance(raw, bool):
@@ -257,6 +262,7 @@ def _check(config: Config) -> None:
         raise UsageError("engine.keep_alive", f"{config.engine.keep_alive:g} s is more than a year", "use -1 for ever")
     if config.swarm.heartbeat < 1:
         raise UsageError("swarm.heartbeat", f"{config.swarm.heartbeat} s is too often", "use at least 1")
+    check_membership(config.swarm.name, config.swarm.secret)
     check_bootstrap(config.ipfs.bootstrap)
     if not config.ipfs.enabled and not config.torrent.enabled:
         raise UsageError("ipfs.enabled and torrent.enabled", "both are off", "a node needs one of them")

@@ -37,16 +37,19 @@ from daemon.api.sessions import Sessions
 from daemon.config import Config, host_port
 from daemon.engine.host import EngineHost
 from daemon.errors import SwarmError, UsageError
+from daemon.gossip.moving import settle
 from daemon.gossip.peers import PeerTable
 from daemon.home import Home
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.keeper import IpfsKeeper
 from daemon.ledger import LedgerThread
+from daemon.membership import membership
 from daemon.node.connectivity import Connectivity
 from daemon.node.status import Status
 from daemon.peerapi.server import PeerApi
 from daemon.peerchat.seal import SealKeys
 from daemon.peerchat.server import ChatServer
+from daemon.relaying import pipes
 from daemon.supervise import Supervisor
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Patience, Sources
@@ -154,6 +157,9 @@ class _Daemon:
         self._home = home
         self._key = home.node_key()
         self._node = envelope.key_name(self._key)
+        self._membership = membership(
+            config.swarm.name, config.swarm.secret, node=self._node, clock=time.time
+        )
         self._started = utc_now()
         self._join = [_address(text) for text in config.swarm.join]
         self._stop = asyncio.Event()
@@ -222,7 +228,11 @@ class _Daemon:
 
     async def _voice(self, stack: AsyncExitStack, has: _Holdings) -> _Voice:
         config = self._config
-        http = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
+        http = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                auto_decompress=False, middlewares=(self._membership.middleware,)
+            )
+        )
         engine = EngineHost(config.engine, config.home / "logs", lambda key: serving.changed(key))
         stack.push_async_callback(engine.close)
         serving = Serving(engine, has.library, has.ledger, self._changed)
@@ -230,6 +240,7 @@ class _Daemon:
         stack.push_async_callback(upstreams.close)
         offering = Offering(self._node, has.library, serving, upstreams, has.torrents)
         peers = PeerTable(has.ledger, own=self._node, clock=time.time, standing=has.trust.standing)
+        await settle(has.ledger, self._membership)
         await peers.open()
         supervisor = Supervisor(close_s=_STOP_S)
         stack.push_async_callback(supervisor.close)
@@ -243,17 +254,23 @@ class _Daemon:
             torrents=has.torrents,
             supervisor=supervisor,
             http=http,
+            pipes=await stack.enter_async_context(pipes.session(self._membership)),
+            membership=self._membership,
             seal_keys=seal_keys,
-            describe=offering.describe,
+            offers=offering.offers,
             join=self._join,
         )
         ways = connectivity.ways
-        answers = Answers(peers, offering.askable, offering.offers, ways=ways, http=http, clock=time.time)
+        search = connectivity.rendezvous.search
+        answers = Answers(
+            peers, offering.askable, offering.offers, ways=ways, http=http, clock=time.time, search=search
+        )
         chats = ChatServer(seal_keys, offering.provider)
         self._busy = lambda: chats.answering > 0 or ways.answering
-        objects = ObjectServer(has.library.small_object)
+        objects = ObjectServer(has.library.small_object, self._membership)
         api = PeerApi(
             [*connectivity.routes(), *chats.routes(), *objects.routes()],
+            membership=self._membership,
             allowed=partial(network.may_come, config),
             on_direct=connectivity.came,
         )
@@ -267,8 +284,8 @@ class _Daemon:
         transfers = Transfers(has.ledger)
         stack.push_async_callback(transfers.close)
         publisher = Publisher(has.store, has.library, self._key)
-        objects = Objects(self._ipfs, voice.connectivity.ways, voice.http)
-        resolver = Resolver(objects, voice.peers, has.trust, self._ipfs, config.ipfs.enabled)
+        objects = Objects(self._ipfs, voice.connectivity.ways, voice.http, self._membership)
+        resolver = Resolver(objects, voice.peers, has.trust, self._ipfs, config.ipfs.enabled, voice.connectivity.rendezvous.search)
         patience = Patience(config.transfer.stall, config.transfer.give_up)
         sources = Sources(self._ipfs, config.ipfs.enabled, RateLimit(config.transfer.download_rate), patience)
         puller = Puller(has.store, has.library, resolver, publisher, has.torrents, sources)
@@ -299,7 +316,8 @@ class _Daemon:
             except TimeoutError:
                 node = self._keeper.node
             if node is not None:
-                await library.keep_pinned(node, own=not self._config.ipfs.rpc)
+                others = self._connectivity.rendezvous.pinned if self._connectivity is not None else frozenset()
+                await library.keep_pinned(node, own=not self._config.ipfs.rpc, others=others)
 
     async def _keep_sound(self, voice: _Voice, library: Library) -> None:
         """Whoever edits a model's file in place shall not have it served and seeded under its old name."""
@@ -327,6 +345,7 @@ class _Daemon:
             voice.upstreams, voice.connectivity, voice.supervisor,
         )  # fmt: skip
         services = Services(
+            config=config, reached_via=voice.connectivity.ways.via,
             library=has.library, pull=pull, publish=publish, transfers=transfers, serving=voice.serving,
             upstreams=voice.upstreams, peers=voice.peers, own_offers=voice.offering.offers,
             gossip=voice.connectivity, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,

@@ -259,8 +259,9 @@ def _open_log(path: Path) -> tuple[int, int]:
 
 
 def _environment(repo: Path) -> dict[str, str]:
-    # What somebody exported for a Kubo of their own must not change ours.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("IPFS_", "LIBP2P_", "GOLOG_", "KUBO_"))}
+    # What somebody exported for a Kubo of their own must not change ours, and our settings, secrets among them, are not its business.
+    others = ("IPFS_", "LIBP2P_", "GOLOG_", "KUBO_", "SWARMCTL_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return {**kept, "IPFS_PATH": str(repo), "IPFS_TELEMETRY": "off"}
 
 

@@ -10,7 +10,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import aiohttp
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,19 +23,24 @@ from daemon.errors import SwarmError
 from daemon.gossip.gossip import Gossip
 from daemon.gossip.pages import Card, OwnPages
 from daemon.gossip.peers import PeerTable
+from daemon.gossip.rendezvous import Rendezvous
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.keeper import IpfsKeeper
 from daemon.ipfs.reach import MAX_RELAYS, MAX_REMEMBERED, Reach, direct_addresses
 from daemon.ledger import LedgerThread
+from daemon.membership import Membership
 from daemon.node.reachability import Reachability
 from daemon.peerapi.dialback import DialBack
 from daemon.peerapi.ping import Ping
 from daemon.peerapi.server import Ports, Route
 from daemon.peerapi.ways import Ways
 from daemon.peerchat.seal import SealKeys
+from daemon.relaying.holder import RelayHolder
+from daemon.relaying.service import RelayService
+from daemon.relaying.tunnels import RelayTunnels
 from daemon.supervise import Supervisor
 from daemon.torrent.session import TorrentSession
-from registry import ranges
+from registry import codes, ranges
 from registry.address import usable
 from registry.envelope import key_name
 from registry.errors import Malformed
@@ -44,13 +51,15 @@ from registry.store import Ledger
 _log = logging.getLogger(__name__)
 
 _JOIN_WAIT_S = 20.0  # how long a join waits for IPFS to come up
+_NEW_START_S = 4.0  # how long a question waits for IPFS to be there again
 _LOOK_S = 1.0  # between two looks at our own addresses
 _REMEMBER_S = 60.0  # between two looks at which peers are good
+_ALONE_S, _LONGEST_ALONE_S = 2.0, 120.0  # between two searches for anybody
 _REMEMBERED = "ipfs.good_peers"
 
 
 class Connectivity:
-    """`describe` gives our offers; `join` are the addresses of the settings. Set `ports` before `start`."""
+    """`offers` gives ours; `join` are the addresses of the settings. Set `ports` before `start`."""
 
     def __init__(
         self,
@@ -63,50 +72,95 @@ class Connectivity:
         torrents: TorrentSession | None,
         supervisor: Supervisor,
         http: aiohttp.ClientSession,
+        pipes: aiohttp.ClientSession,
+        membership: Membership,
         seal_keys: SealKeys,
-        describe: Callable[[], Awaitable[Sequence[Offer]]],
+        offers: Callable[[], Sequence[Offer]],
         join: Sequence[Address],
     ) -> None:
         self.node = key_name(key)
         self.ports = Ports(0, 0)
-        self.ways = Ways(network=config.network, ipfs=self._ipfs, http=http)
+        self.ways = Ways(
+            network=config.network,
+            ipfs=lambda: keeper.node_within(_NEW_START_S),
+            http=http,
+            membership=membership,
+        )
         self.reachability = Reachability(
             self.node,
             self.ways,
             http,
+            membership,
             ports=self._own_ports,
             judges=self._judges,
             on_change=self._on_change,
         )
         self.gossip = Gossip(
-            OwnPages(key, ledger, card=self._card, describe=describe, clock=time.time),
+            OwnPages(key, ledger, card=self._card, offers=offers, clock=time.time),
             table=table,
             ledger=ledger,
             supervisor=supervisor,
             ways=self.ways,
             http=http,
+            membership=membership,
             ipfs_within=lambda: keeper.node_within(_JOIN_WAIT_S),
             heartbeat_s=config.swarm.heartbeat,
             join=join,
         )
-        self._dialback = DialBack(config.network, self._ipfs, http)
+        self._ping = Ping(self.node, membership)
+        self.relay = RelayService(
+            self.node,
+            enabled=lambda: self.relaying,
+            bulk=lambda: config.swarm.relay_bytes,
+            on_change=self._on_carried,
+        )
+        self.holder = RelayHolder(
+            key,
+            network=config.network,
+            ways=self.ways,
+            http=pipes,
+            supervisor=supervisor,
+            candidates=self._carriers,
+            codes=self._shared_codes,
+            wanted=self._wants_relays,
+            streams_port=lambda: self.ports.streams,
+            on_change=self._on_change,
+        )
+        self.ways.relays = RelayTunnels(pipes, self.relay)
+        self.ways.lookup = table.peer
+        self.rendezvous = Rendezvous(
+            membership,
+            self.gossip.meeting,
+            network=config.network,
+            dht=torrents.dht if torrents is not None else None,
+            ipfs=self._ipfs,
+            offers=offers,
+            carried=self._carried_codes,
+            port=self._reached_port,
+            external=lambda: self.reachability.external,
+            enabled=config.swarm.rendezvous,
+        )
+        self._dialback = DialBack(config.network, self._ipfs, http, membership)
         self._config = config
         self._ledger = ledger
         self._table = table
         self._keeper = keeper
         self._torrents = torrents
         self._supervisor = supervisor
+        self._offers = offers
         self._seal_keys = seal_keys
         self._good_peers: tuple[str, ...] = ()
         self._own_multiaddrs: tuple[str, ...] = ()
+        self._ipfs_peers = 0
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def routes(self) -> list[Route]:
         return [
-            *Ping(self.node).routes(),
+            *self._ping.routes(),
             *self._dialback.routes(),
             *self.gossip.routes(),
+            *self.relay.routes(),
         ]
 
     async def start(self) -> None:
@@ -117,13 +171,21 @@ class Connectivity:
         await self.gossip.start(self.ports.streams)
         if self._config.network == "public":
             self._supervisor.run("reachability", self.reachability.run, restart=True)
+            self.holder.start()
+            self._supervisor.run("announce on DHT", self.rendezvous.announce_forever, restart=True)
+            self._supervisor.run("provide", self.rendezvous.provide_forever, restart=True)
+            self._supervisor.run("look for others", self._look_for_others, restart=True)
 
     async def close(self) -> None:
+        await self.rendezvous.close()
         await self.gossip.close()
+        await self.holder.close()
+        await self.relay.close()
 
     async def join(self, address: Address) -> Peer:
         """Know the node at `address` from now on. Raises as `Gossip.join`."""
         peer = await self.gossip.join(address)
+        self.holder.changed()
         self.reachability.look_again()
         return peer
 
@@ -146,7 +208,53 @@ class Connectivity:
     async def on_ipfs_gone(self) -> None:
         await self._supervisor.stop("good peers")
         await self._supervisor.stop("own addresses")
+        self.rendezvous.forget_provided()
+        self._ipfs_peers = 0
         await self.gossip.on_ipfs_gone()
+
+    def address(self) -> Address:
+        """What a person hands on: our announced address, and before anybody could prove it, our own on the internet."""
+        known = self._card().address
+        guess = network.global_address()
+        if self._config.network != "public" or self.reachability.state != "unknown" or guess is None:
+            return known
+        urls = (network.url(guess, self.ports.direct),) if "http" in self._own_ports() else ()
+        bittorrent = self._torrents.port if self._torrents is not None else 0
+        peers = (network.host_port(guess, bittorrent),) if bittorrent else ()
+        return replace(known, http=urls, bittorrent=peers)
+
+    def standing(self) -> dict[str, Any]:
+        """How this node stands in the network, as `status` has it."""
+        urls = self._urls()
+        dht = self._torrents.dht.nodes if self._torrents is not None else 0
+        off = self.gossip.ear.clock_is_off
+        return {
+            "reachability": self.reachability.state,
+            "relays": list(self.holder.held),
+            "relaying": {
+                "enabled": self.relaying,
+                "nodes": len(self.relay.held),
+                "streams": self.relay.streams,
+                "bytes": self.relay.carried,
+            },
+            "dht": {"bittorrent": dht, "ipfs": self._ipfs_peers},
+            "neighbours": len(self.gossip.pubsub.neighbours),
+            "nat": self.reachability.nat,
+            "external": list(self.reachability.external),
+            "clock": {
+                "off": off,
+                "why": "most announcements of others have a wrong time" if off else None,
+            },
+            "peer_api": {
+                "port": self.ports.direct,
+                "open": bool(urls),
+                "url": urls[0] if urls else None,
+            },
+            "swarm": {
+                "name": self._config.swarm.name,
+                "closed": bool(self._config.swarm.name),
+            },
+        }
 
     # -- how we are reached -------------------------------------------------------------------------------------------
 
@@ -167,6 +275,7 @@ class Connectivity:
             ipfs=self._multiaddrs(),
             bittorrent=self._bittorrent(),
             http=self._urls(),
+            relays=self.holder.points(),
         )
         peer_id = identity.peer_id if identity is not None else None
         return Card(peer_id, usable(address), self._seal_keys.public(), self.relaying)
@@ -205,6 +314,10 @@ class Connectivity:
         reached = part in self.reachability.reached
         return self.reachability.external[0] if reached else None
 
+    def _reached_port(self) -> int | None:
+        """The port at which others reach our peer API; None where they do not."""
+        return self.ports.direct if "http" in self.reachability.reached else None
+
     def _own_ports(self) -> Mapping[str, int]:
         """The ports that somebody outside may try, by part."""
         ports: dict[str, int] = {}
@@ -241,7 +354,38 @@ class Connectivity:
 
     # -- how our IPFS node stands -------------------------------------------------------------------------------------
 
+    def _wants_relays(self) -> bool:
+        """Whether nobody can dial us, as far as is known."""
+        state = self.reachability.state
+        return state == "private" or (state == "unknown" and network.global_address() is None)
+
+    def _carriers(self) -> list[Peer]:
+        """Nodes that may carry for us, best first: those that we joined, then those that offer it."""
+        joined = self.gossip.joiner.peers()
+        offering = (peer for peer in self._table.peers() if peer.relay)
+        found = {peer.node: peer for peer in [*joined, *offering] if self._dialable(peer)}
+        return list(found.values())
+
+    def _shared_codes(self) -> set[str]:
+        """The codes under which our relays announce us."""
+        if not self._config.swarm.rendezvous:
+            return set()
+        offers = self._offers()
+        return {
+            codes.short(code)
+            for offer in offers
+            for code in codes.codes_of(offer.cid, offer.infohash_v2)
+        }
+
+    def _carried_codes(self) -> list[str]:
+        return [code for wanted in self.relay.codes().values() for code in sorted(wanted)]
+
+    def _on_carried(self) -> None:
+        """Others are carried for: the ways to them, and what is announced for them, follow by themselves."""
+        _log.info("this node carries for %d others", len(self.relay.held))
+
     def _on_change(self) -> None:
+        self.holder.changed()
         self._keeper.want(self._reach())
         self.gossip.changed()
 
@@ -288,12 +432,25 @@ class Connectivity:
         allowed = tuple(one for one in known if ranges.allows_multiaddr("public", one))
         return direct_addresses(allowed, MAX_REMEMBERED)
 
+    async def _look_for_others(self) -> None:
+        """A node that hears nobody, and was told of nobody, looks on the DHTs for anybody."""
+        heard = self.gossip.ear.heard
+        pause_s = _ALONE_S
+        while True:
+            await asyncio.sleep(pause_s)
+            if heard:
+                pause_s = _ALONE_S
+                continue
+            await self.rendezvous.search(None, lambda: bool(heard))
+            pause_s = min(2 * pause_s, _LONGEST_ALONE_S)
+
     # -- watching -----------------------------------------------------------------------------------------------------
 
     async def _watch(self, node: IpfsNode) -> None:
         """Our own addresses change: a reservation is made, a cable is plugged in, somebody outside comes in."""
         while True:
             self.gossip.pubsub.identity = await node.identity()
+            self._ipfs_peers = len(await node.peers())
             if self._config.network == "public":
                 await self._look_who_came(node)
             addresses = self._multiaddrs()

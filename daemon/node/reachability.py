@@ -18,6 +18,7 @@ from typing import Literal
 import aiohttp
 
 from daemon.errors import SwarmError
+from daemon.membership import Membership
 from daemon.network import global_address, own_addresses
 from daemon.peerapi import dialback
 from daemon.peerapi.ways import NEVER, Ways
@@ -43,6 +44,7 @@ class Reachability:
         own: str,
         ways: Ways,
         http: aiohttp.ClientSession,
+        membership: Membership,
         *,
         ports: Callable[[], Mapping[str, int]],
         judges: Callable[[], Sequence[Peer]],
@@ -55,6 +57,7 @@ class Reachability:
         self._own = own
         self._ways = ways
         self._http = http
+        self._membership = membership
         self._ports = ports
         self._judges = judges
         self._on_change = on_change
@@ -100,7 +103,9 @@ class Reachability:
 
     async def _ask(self, peer: Peer) -> tuple[dialback.Verdict, int | None]:
         async with self._ways.to(peer, via=NEVER) as way:
-            return await dialback.ask(self._http, way, self._own, self._ports())
+            return await dialback.ask(
+                self._http, way, self._own, self._ports(), membership=self._membership
+            )
 
     def _judge(self, verdicts: Sequence[tuple[dialback.Verdict, int | None]]) -> None:
         reached = frozenset[str]().union(*(verdict.reached for verdict, _ in verdicts))

@@ -50,7 +50,7 @@ class Status:
         self.api = ""  # known once the API listens
 
     async def read(self) -> dict[str, Any]:
-        address = self._connectivity.gossip.pages.address()
+        address = self._connectivity.address()
         ipfs = await self._ipfs()
         keys = self._serving.served().keys()
         served = [model.identity for model in self._library.models() if model.identity.blake3 in keys]
@@ -64,6 +64,7 @@ class Status:
             "peer_id": ipfs.pop("peer_id"),
             "addresses": [format_address(address)],
             "api": self.api,
+            **self._connectivity.standing(),
             "network": self._config.network,
             "version": self._version,
             "pid": os.getpid(),

@@ -22,17 +22,19 @@ from daemon.buckets import Buckets
 from daemon.config import Network
 from daemon.errors import Busy, SwarmError, Unserved, UsageError, VerificationError
 from daemon.ipfs.interface import IpfsNode
+from daemon.membership import Membership
 from daemon.peerapi.ping import ping
 from daemon.peerapi.server import Route, read_body, source_of
 from daemon.peerapi.ways import Way
 from registry import ranges, strictjson
-from registry.errors import Malformed
+from registry.errors import Malformed, NotVerified
 
 PATH = "/swarm/1/dialback"
 PARTS = ("http", "ipfs", "bittorrent")
 _LIMIT = 1024  # bytes of a question or an answer
 _DIAL_S = 1.5  # a NAT drops what nobody asked for: most of those who ask wait so long
 _ASK_S = 4.0
+_QUESTION, _ANSWER = "dial-back question", "dial-back answer"  # what is sealed
 _MULTISTREAM = b"/multistream/1.0.0"
 
 
@@ -49,8 +51,13 @@ class DialBack:
     """Answers nodes that want to be dialled back. `network` is the kind of network this node lives in."""
 
     def __init__(
-        self, network: Network, ipfs: Callable[[], IpfsNode | None], http: aiohttp.ClientSession
+        self,
+        network: Network,
+        ipfs: Callable[[], IpfsNode | None],
+        http: aiohttp.ClientSession,
+        membership: Membership,
     ) -> None:
+        self._membership = membership
         self._network = network
         self._ipfs = ipfs
         self._http = http
@@ -63,7 +70,9 @@ class DialBack:
         source = source_of(request)
         if not self._rate.take(source):
             raise Busy("dial-back", "it was asked for too often", "try again in a minute")
-        node, ports = _parse(await read_body(request, _LIMIT, "application/json"))
+        kind = self._membership.media_type("application/json")
+        data = await read_body(request, _LIMIT + self._membership.overhead, kind)
+        node, ports = _parse(data, self._membership)
         address = await self._address_of(source)
         reached: list[str] = []
         if address is not None:
@@ -72,7 +81,8 @@ class DialBack:
             reached = [part for part, there in zip(ports, worked, strict=True) if there]
         name = request.transport.get_extra_info("peername") if request.transport else None
         port = name[1] if name and name[0] == address else None
-        return web.json_response({"address": address, "port": port, "reached": reached})
+        verdict = strictjson.dumps({"address": address, "port": port, "reached": reached})
+        return web.Response(body=self._membership.seal(verdict, _ANSWER), content_type=kind)
 
     async def _address_of(self, source: str) -> str | None:
         """The IP address behind a source; None when it comes through a relay, or from where this node may not go."""
@@ -107,20 +117,34 @@ class DialBack:
     async def _is_peer_api(self, address: str, port: int, node: str) -> bool:
         host = f"[{address}]" if ":" in address else address
         try:
-            return await ping(self._http, f"http://{host}:{port}", deadline_s=_DIAL_S) == node
+            found = await ping(
+                self._http,
+                f"http://{host}:{port}",
+                membership=self._membership,
+                node=node,
+                deadline_s=_DIAL_S,
+            )
+            return found == node
         except SwarmError:
             return False
 
 
 async def ask(
-    http: aiohttp.ClientSession, way: Way, node: str, ports: Mapping[str, int]
+    http: aiohttp.ClientSession,
+    way: Way,
+    node: str,
+    ports: Mapping[str, int],
+    *,
+    membership: Membership,
 ) -> tuple[Verdict, int | None]:
     """What the node at the end of `way` sees of us, and the local port that the question left from.
 
     Raises `Unserved` or `VerificationError`.
     """
-    body = strictjson.dumps({"node": node, "ports": dict(ports)})
-    headers = {"Content-Type": "application/json", "Connection": "close"}
+    question = strictjson.dumps({"node": node, "ports": dict(ports)})
+    body = membership.seal(question, _QUESTION)
+    kind = membership.media_type("application/json")
+    headers = {**way.headers, "Content-Type": kind, "Connection": "close"}
     timeout = aiohttp.ClientTimeout(total=_ASK_S)
     try:
         async with http.post(
@@ -128,19 +152,20 @@ async def ask(
         ) as response:
             transport = response.connection.transport if response.connection else None
             local = transport.get_extra_info("sockname") if transport else None
-            data = await response.content.read(_LIMIT + 1)
+            data = await response.content.read(_LIMIT + membership.overhead + 1)
             if response.status != 200:
                 raise Unserved("dial-back", f"a node answered {response.status}")
     except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
         raise Unserved("dial-back", "the node that was asked does not answer") from error
-    return _parse_verdict(data), local[1] if local else None
+    return _parse_verdict(data, membership), local[1] if local else None
 
 
-def _parse(data: bytes) -> tuple[str, dict[str, int]]:
+def _parse(sealed: bytes, membership: Membership) -> tuple[str, dict[str, int]]:
     """The node key and the ports of a question. Raises `UsageError`."""
     try:
+        data = membership.open(sealed, _QUESTION, limit=_LIMIT)
         fields = strictjson.loads(data, limit=_LIMIT, what="the question")
-    except Malformed as error:
+    except (Malformed, NotVerified) as error:
         raise UsageError("dial-back", str(error)) from error
     match fields:
         case {"node": str(node), "ports": dict(ports)} if len(node) <= 128:
@@ -149,10 +174,11 @@ def _parse(data: bytes) -> tuple[str, dict[str, int]]:
     raise UsageError("dial-back", "it must have a node and its ports")
 
 
-def _parse_verdict(data: bytes) -> Verdict:
+def _parse_verdict(sealed: bytes, membership: Membership) -> Verdict:
     try:
+        data = membership.open(sealed, _ANSWER, limit=_LIMIT)
         fields = strictjson.loads(data, limit=_LIMIT, what="the verdict")
-    except Malformed as error:
+    except (Malformed, NotVerified) as error:
         raise VerificationError("dial-back", str(error)) from error
     match fields:
         case {"address": None, "reached": []}:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from daemon.torrent.entry import Torrent
 
-ASK_AGAIN_S = 10.0
+ASK_AGAIN_S = 5.0
 AT_ONCE = 2  # lookups begun per call of `due`, so that a thousand seeds are no burst
 
 

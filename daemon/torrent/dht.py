@@ -91,9 +91,9 @@ class Dht:
     async def announce(self, key: bytes, port: int) -> None:
         """Tell the DHT that TCP `port` of this node's address is to be found under `key` (20 bytes).
 
-        Waits until the DHT has nodes, however long; returns when the lookup has begun, and nobody confirms its end.
-        Nodes forget it after about half an hour. Does nothing where `enabled` is False. Raises `Unavailable` when the
-        session closes.
+        Waits until the DHT has nodes, however long; returns when the lookup for the nodes near the key has begun. They
+        are told at its end, which nobody confirms: up to 15 s later where one of them does not answer. Nodes forget it
+        after about half an hour. Does nothing where `enabled` is False. Raises `Unavailable` when the session closes.
         """
         name = _sha1(key)
         if not self.enabled:
@@ -106,8 +106,8 @@ class Dht:
 
         Waits for the DHT to have nodes first. Ends when all nodes near the key have been asked, at the deadline, and at
         once where `enabled` is False. libtorrent only says how many lookups run: while there are others, ours may
-        last until the deadline. Addresses may be anything, private ones too. Raises `Unavailable` when the session
-        closes.
+        last until the deadline, and 15 s where a node does not answer; peers come at once. Addresses may be anything,
+        private ones too. Raises `Unavailable` when the session closes.
         """
         name = _sha1(key)
         ends = asyncio.get_running_loop().time() + deadline_s
@@ -274,6 +274,7 @@ class Dht:
                     search.end()
 
     def on_external_address(self, address: str) -> None:
+        """Somebody sees us at `address`."""
         self._addresses.pop(address, None)
         self._addresses[address] = None
         if len(self._addresses) > _MAX_ADDRESSES:

@@ -69,7 +69,8 @@ def settings(network: Network, port: int, *, download_rate: int, upload_rate: in
         "hashing_threads": 2,
         "listen_queue_size": 64,
         # Swarms are small here: a node that was away for a moment is asked again soon.
-        "min_reconnect_time": 5,
+        "min_reconnect_time": 2,
+        "max_failcount": 6,
         "max_metadata_size": 8 << 20,
         "max_piece_count": 1 << 20,
         "metadata_token_limit": 100_000,

@@ -23,12 +23,14 @@ import libtorrent as lt
 
 from daemon.config import Network
 from daemon.errors import Unavailable, Unserved, VerificationError
+from daemon.home import write_private
 from daemon.torrent import metainfo, network
 from daemon.torrent.announcing import Announcing
 from daemon.torrent.dht import Dht
 from daemon.torrent.download import Download, disk_error
 from daemon.torrent.entry import CHECKING, Seed, Swarm, Torrent, resolve
 from daemon.torrent.port_mapping import PortMapping
+from daemon.torrent.small import SmallObjects
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class TorrentSession:
         self.dht = Dht(enabled=network == "public", bootstrap=dht_bootstrap, state=dht_state)
         self.ports = PortMapping(enabled=network == "public")
         self._announcing = Announcing()
+        self._small = SmallObjects(self)
         self._overrides = overrides
         self._wanted_port = port
         self._rates = {"download_rate": download_rate, "upload_rate": upload_rate}
@@ -178,11 +181,12 @@ class TorrentSession:
 
     # -- torrents ---------------------------------------------------------------------------------------------------
 
-    async def seed(self, torrent: bytes, path: Path) -> Seed:
+    async def seed(self, torrent: bytes, path: Path, *, is_model: bool = True) -> Seed:
         """Give a complete file to whoever asks, from where it is. It is never written to, even when it is damaged.
 
         Seeding a file again changes nothing; from another path it moves there. Raises `VerificationError` when the torrent
         is malformed or the file has another size, `Unavailable` when it is not there or the session is not running.
+        Only models count in `status`.
         """
         facts = await asyncio.to_thread(metainfo.parse, torrent)
         try:
@@ -197,9 +201,32 @@ class TorrentSession:
                 return known.seed
             await self.remove(known)
         entry = Torrent(self, facts, torrent)
+        entry.is_model = is_model
         entry.seed = Seed(facts.infohash, facts.infohash_v2, path)
-        self._add(entry, self._params(torrent, path), lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode)
+        self.add(entry, self._params(torrent, path), lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode)
         return entry.seed
+
+    async def seed_bytes(self, name: str, data: bytes, folder: Path) -> Seed:
+        """Give a small object, such as a manifest, to whoever asks: `data` is kept as `folder/name`, and its torrent is
+        `metainfo.small_torrent(name, data)`. Idempotent. Raises what that and `seed` raise, and `Unavailable` when
+        the file cannot be written.
+        """
+        made = metainfo.small_torrent(name, data)
+        path = folder / name
+        await asyncio.to_thread(_keep, path, data)
+        return await self.seed(made.torrent, path, is_model=False)
+
+    async def fetch_small(
+        self, infohash: str, peers: Sequence[tuple[str, int]] = (), *, limit: int, deadline_s: float
+    ) -> bytes:
+        """The bytes of the small object with this v1 infohash, from `peers` (IP, port) and whoever discovery finds.
+
+        At most `limit` bytes in one file, or it is refused before any of it is asked for. The caller checks what it is.
+        Calls for one infohash share one fetch, under the limit of the first. Raises `Unserved` at the deadline, and
+        at once where there is no discovery and no peer; `VerificationError` when it is too large or no single file;
+        `NoSpace` and `Unavailable`.
+        """
+        return await self._small.fetch(infohash, peers, limit=limit, deadline_s=deadline_s)
 
     async def forget(self, infohash_v2: str) -> None:
         """Stop seeding; the file stays. Returns when libtorrent has let go of it. An unknown torrent is no error."""
@@ -220,7 +247,7 @@ class TorrentSession:
             raise disk_error(error.errno or 0, os.strerror(error.errno or 0)) from error
         entry = Torrent(self, facts, torrent)
         entry.listener = download = Download(facts, entry, on_progress)
-        self._add(entry, self._params(torrent, path), CHECKING)
+        self.add(entry, self._params(torrent, path), CHECKING)
         return download
 
     async def metadata(self, infohash: str | None, infohash_v2: str | None, peers: Sequence[tuple[str, int]], deadline_s: float) -> bytes:
@@ -236,7 +263,7 @@ class TorrentSession:
                 return known.torrent
         askable = network.addresses(peers)
         unserved = Unserved("torrent", "no node gave it whole", "join a node that has it, or pull it by its code or CID")
-        if not askable and self._network == "loopback":
+        if not askable and not self.can_discover:
             raise unserved
         try:
             async with asyncio.timeout(deadline_s):
@@ -257,7 +284,7 @@ class TorrentSession:
         params.save_path = f"/nonexistent/{uuid.uuid4()}"
         entry = Torrent(self, None, None)
         entry.with_metadata = asyncio.get_running_loop().create_future()
-        self._add(entry, params, lt.torrent_flags.upload_mode, [name for name in (infohash, infohash_v2) if name])
+        self.add(entry, params, lt.torrent_flags.upload_mode, [name for name in (infohash, infohash_v2) if name])
         try:
             await entry.with_metadata
             hashes = entry.handle.info_hashes()
@@ -308,6 +335,15 @@ class TorrentSession:
             "upload_rate": sum(swarm.upload_rate for swarm in swarms),
         }
 
+    @property
+    def can_discover(self) -> bool:
+        """Whether peers may be found that nobody named, by LSD or DHT."""
+        return self._network != "loopback"
+
+    def known(self, infohash: str) -> Torrent | None:
+        """The torrent with this infohash, v1 or v2."""
+        return self._torrents.get(infohash)
+
     # -- adding and removing ----------------------------------------------------------------------------------------
 
     def _params(self, torrent: bytes, path: Path) -> Any:
@@ -319,7 +355,7 @@ class TorrentSession:
         params.renamed_files = {0: str(path)}
         return params
 
-    def _add(self, entry: Torrent, params: Any, flags: int, hashes: Iterable[str] = ()) -> None:
+    def add(self, entry: Torrent, params: Any, flags: int, hashes: Iterable[str] = ()) -> None:
         if self._session is None or self._closing:
             raise Unavailable("BitTorrent", "it is not running", "swarmctl status tells why")
         names = (entry.facts.infohash, entry.facts.infohash_v2) if entry.facts else tuple(hashes)
@@ -532,3 +568,14 @@ def _cut(path: Path, size: int) -> Path:
     if path.exists() and path.stat().st_size > size:
         os.truncate(path, size)
     return path.absolute()
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Have `data` in `path`, written whole or not at all. Raises `Unavailable`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.read_bytes() == data:
+            return
+    except OSError as error:
+        raise disk_error(error.errno or 0, os.strerror(error.errno or 0)) from error
+    write_private(path, data)

@@ -70,9 +70,16 @@ async def found(session: TorrentSession, key: bytes = KEY, deadline_s: float = 2
     return [peer async for peer in session.dht.find(key, deadline_s=deadline_s)]
 
 
-async def found_in_the_end(session: TorrentSession, wanted: set[Address], key: bytes = KEY) -> None:
-    async with asyncio.timeout(30):
-        while not wanted <= set(await found(session, key)):
+async def found_in_the_end(session: TorrentSession, wanted: set[Address]) -> None:
+    """Until all of `wanted` have been found. An announcement takes a moment, so one search may come too early."""
+    missing = set(wanted)
+    async with asyncio.timeout(60):
+        while missing:
+            async with contextlib.aclosing(session.dht.find(KEY, deadline_s=20)) as peers:
+                async for peer in peers:
+                    missing.discard(peer)
+                    if not missing:
+                        return
             await asyncio.sleep(0.1)
 
 
@@ -159,9 +166,10 @@ async def test_nodes_of_the_last_run_are_a_way_in_without_any_list(tmp_path: Pat
     async with nodes(3) as (first, a, _):
         async with node(address(first), state=state) as known:
             await until(lambda: known.dht.nodes >= 2)
+            await a.dht.announce(KEY, 4444)
+            await found_in_the_end(known, {("127.0.0.1", 4444)})
         assert 0 < state.stat().st_size < dht_state.MAX_STATE
         assert state.stat().st_mode & 0o077 == 0
-        await a.dht.announce(KEY, 4444)
         async with node(state=state) as again:
             await found_in_the_end(again, {("127.0.0.1", 4444)})
 

@@ -18,6 +18,7 @@ from aiohttp import web
 from daemon.errors import Unavailable, Unserved, UsageError, VerificationError
 from daemon.ipfs.node import KuboNode
 from daemon.ipfs.rpc import Rpc
+from daemon.membership import OpenSwarm
 from daemon.peerapi.server import PeerApi, Route
 from registry.cid import UnixfsHasher, leaf_cid
 from tests.functional.kubos import Running, running, two, until
@@ -339,7 +340,7 @@ async def test_http_through_a_stream(pair: tuple[Running, Running]) -> None:
     async def echo(request: web.Request) -> web.Response:
         return web.Response(body=await request.read())
 
-    async with PeerApi([Route("POST", "/echo", echo)]).listening(["127.0.0.1"], 0) as ports:
+    async with PeerApi([Route("POST", "/echo", echo)], membership=OpenSwarm()).listening(["127.0.0.1"], 0) as ports:
         await a.node.listen("/x/test/1", 1, report_peer_id=True)
         await a.node.listen("/x/test/1", ports.streams, report_peer_id=True)
         peer = (await a.node.identity()).peer_id

@@ -139,6 +139,16 @@ def test_an_idle_model_stays_served_and_is_loaded_by_the_next_question(pair: Pai
     assert "tokens/s" in table and pair.model["name"] in table
 
 
+def test_who_names_no_relay_of_the_serving_node_gets_no_answer(pair: Pair) -> None:
+    a, b = (one.status["node"].removeprefix("ed25519:")[:8] for one in (pair.a, pair.b))
+    assert pair.b.run("ask", "Hello!", pair.code, "--via", "never", *SHORT)["via"] is None
+    refused = pair.b.fails("ask", "Hello!", pair.code, "--via", a)
+    assert refused.code == 5 and f"node {a} does not carry for it" in refused.error
+    refused = pair.a.fails("ask", "Hello!", pair.code, "--via", b)
+    assert refused.code == 5 and "swarmctl peers" in refused.error
+    assert pair.b.fails("ask", "Hello!", pair.code, "--via", b).code == 3  # it is not its own peer
+
+
 def test_what_is_served_is_served_after_a_restart_until_it_is_stopped(node: Callable[[str], Node], model_file: Path) -> None:
     a = node("a").up("--ipfs-enabled", "false")
     code = a.run("publish", str(model_file))["code"]

@@ -25,10 +25,18 @@ class Refused(RuntimeError):
     """A command that builds the network failed; the text has the command and what it said."""
 
 
+# An ordinary user's PATH often lacks the folders of ip and iptables, which work for that user in a user namespace.
+PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
 @cache
 def mark() -> dict[str, str]:
     """The mark of this process, as an environment variable."""
     return {MARK: _life(psutil.Process())}
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PATH": PATH, **mark()}
 
 
 def remove_leftovers() -> None:
@@ -53,7 +61,7 @@ class Namespace:
         join = ("nsenter", *_user_of(first._holder.pid), "--") if rootless and first is not None else ()
         self._holder = subprocess.Popen(
             [*join, "unshare", *as_root, "--net", "--", "sh", "-c", "echo held; exec cat"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **mark()},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(),
         )  # fmt: skip
         assert self._holder.stdout is not None
         if self._holder.stdout.readline() != "held\n":
@@ -68,7 +76,8 @@ class Namespace:
     def do(self, *command: str, given: str = "") -> str:
         """What a command prints that runs in here. Raises `Refused`."""
         done = subprocess.run(
-            [*self.within, *command], input=given, capture_output=True, text=True, timeout=DEADLINE_S
+            [*self.within, *command], input=given, capture_output=True, text=True, timeout=DEADLINE_S,
+            env=_environment(),
         )
         if done.returncode:
             said = " ".join((done.stderr or done.stdout).split())
@@ -78,7 +87,7 @@ class Namespace:
     def start(self, *command: str) -> subprocess.Popen[str]:
         """A command that goes on in here with its output in a pipe; ended by `close`."""
         child = subprocess.Popen(
-            [*self.within, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env={**os.environ, **mark()}
+            [*self.within, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=_environment()
         )  # fmt: skip
         self._started.append(child)
         return child
@@ -138,7 +147,9 @@ def _life(process: psutil.Process) -> str:
 
 
 def _lives(life: str) -> bool:
+    """Nobody may have reaped the dead one: then its number and birth are still there."""
     try:
-        return _life(psutil.Process(int(life.split()[0]))) == life
+        process = psutil.Process(int(life.split()[0]))
+        return process.status() != psutil.STATUS_ZOMBIE and _life(process) == life
     except psutil.NoSuchProcess:
         return False

@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass
 from functools import cache
+from shutil import which
 
-from tests.internet.namespaces import Namespace, Refused
+from tests.internet.namespaces import PATH, Namespace, Refused
 
-TOOLS = ("ip", "bridge", "iptables", "iptables-restore")
+# The package that brings them: what is used of it.
+TOOLS = {
+    "util-linux": ("unshare", "nsenter"),
+    "iproute2": ("ip", "bridge"),
+    "iptables": ("iptables-restore",),
+}
 NAT = """*nat
 -A POSTROUTING -o lo -j MASQUERADE --random-fully
 COMMIT
@@ -23,7 +28,7 @@ COMMIT"""
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why not. `mendable`: the kernel can, and only a tool has to be installed."""
+    """Why not. `mendable`: nothing says that the kernel cannot, a tool has to be installed."""
 
     reason: str
     mendable: bool = False
@@ -34,18 +39,16 @@ def obstacle() -> Obstacle | None:
     """None where everything that a world needs works: it was tried on one namespace."""
     if sys.platform != "linux":
         return Obstacle("network namespaces are Linux's")
-    missing = [tool for tool in ("unshare", "nsenter") if shutil.which(tool) is None]
-    if missing:
-        return Obstacle(f"no {' and no '.join(missing)} on PATH; install util-linux")
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    missing = [package for package, tools in TOOLS.items() if not all(which(tool, path=PATH) for tool in tools)]
+    absent = Obstacle(f"missing on this machine: {' and '.join(missing)}", mendable=True)
+    if "util-linux" in missing:  # so the kernel cannot be asked
+        return absent
     try:
         namespace = Namespace()
     except Refused as refusal:
         return Obstacle(f"the kernel makes no network namespace for this user: {refusal}")
     try:
-        if missing:
-            return Obstacle(f"no {' and no '.join(missing)} on PATH; install iproute2 and iptables", True)
-        return _tried(namespace)
+        return absent if missing else _tried(namespace)
     finally:
         namespace.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import select
 import socket
@@ -20,10 +21,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _ETH_P_ALL = 3  # linux/if_ether.h
-_SOL_PACKET, _PACKET_STATISTICS = 263, 6  # linux/socket.h, linux/if_packet.h
-_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-_BUFFER = 64 * 1024 * 1024  # bytes
-_FRAME = 128 * 1024  # bytes; veth passes frames of up to 64 KiB whole
+_SOL_PACKET = 263  # linux/socket.h; the rest is linux/if_packet.h
+_PACKET_RX_RING, _PACKET_STATISTICS, _PACKET_VERSION = 5, 6, 10
+_TPACKET_V3 = 2
+_STATUS, _PACKETS, _FIRST = 8, 12, 16  # where a block has these, struct tpacket_hdr_v1 in tpacket_block_desc
+_NEXT, _SNAPLEN, _DATA = 0, 12, 24  # where a packet has them, struct tpacket3_hdr
+_BLOCK, _BLOCKS = 256 * 1024, 256  # bytes, and how many: 64 MiB may wait for a sniffer that gets no processor
+_RETIRE_MS = 20  # after which the kernel hands over a block that is not full
 
 
 @dataclass
@@ -102,20 +106,47 @@ class _Watch:
         self._ends[name] = text[-self._kept :] if self._kept else b""
 
 
+class _Ring:
+    """A buffer shared with the kernel (packet_mmap in its documentation). A socket's own is too small without root."""
+
+    def __init__(self, tap: socket.socket) -> None:
+        tap.setsockopt(_SOL_PACKET, _PACKET_VERSION, _TPACKET_V3)
+        request = struct.pack("7I", _BLOCK, _BLOCKS, _BLOCK, _BLOCKS, _RETIRE_MS, 0, 0)
+        tap.setsockopt(_SOL_PACKET, _PACKET_RX_RING, request)
+        self._memory = mmap.mmap(tap.fileno(), _BLOCK * _BLOCKS)
+        self._at = 0  # block that is filled next
+
+    def packets(self) -> Iterator[bytes]:
+        """What has come, from blocks that the kernel is done with."""
+        while self._number(block := self._at * _BLOCK, _STATUS):
+            packet = block + self._number(block, _FIRST)
+            for _ in range(self._number(block, _PACKETS)):
+                (offset,) = struct.unpack_from("=H", self._memory, packet + _DATA)
+                start = packet + offset
+                yield self._memory[start : start + self._number(packet, _SNAPLEN)]
+                packet += self._number(packet, _NEXT)
+            struct.pack_into("=I", self._memory, block + _STATUS, 0)
+            self._at = (self._at + 1) % _BLOCKS
+
+    def _number(self, base: int, offset: int) -> int:
+        return int(struct.unpack_from("=I", self._memory, base + offset)[0])
+
+
 def _main(interface: str, needles: list[bytes]) -> None:
     watch = _Watch(needles)
-    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL)) as tap:
-        with contextlib.suppress(PermissionError):  # in a user namespace the ordinary size has to do
-            tap.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
-        tap.bind((interface, 0))
+    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0) as tap:
+        ring = _Ring(tap)
+        tap.bind((interface, _ETH_P_ALL))
         print("listening", flush=True)
+        ended = False
         while True:
-            ready, _, _ = select.select([tap, 0], [], [])
-            if tap in ready:
-                watch.packet(tap.recv(_FRAME))
-            elif not os.read(0, 4096):
+            ready, _, _ = select.select([tap] if ended else [tap, 0], [], [], 5 * _RETIRE_MS / 1000)
+            for packet in ring.packets():
+                watch.packet(packet)
+            if ended and not ready:
                 break
-        _, dropped = struct.unpack("II", tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
+            ended = ended or (0 in ready and not os.read(0, 4096))
+        _, dropped, _ = struct.unpack("3I", tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 12))
     flows = [[*pair, *amounts] for pair, amounts in watch.flows.items()]
     found = [needle.hex() for needle in watch.found]
     print(json.dumps({"flows": flows, "found": found, "dropped": dropped}), flush=True)

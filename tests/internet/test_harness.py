@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from tests.internet.namespaces import Namespace, Refused, remove_leftovers
-from tests.internet.world import Host, World, internet
+from tests.internet.world import Beyond, Host, Nat, World, internet
 
 # Answers every datagram with the address that it came from, as STUN does.
 REFLECT = """
@@ -73,6 +74,15 @@ udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(sys.argv[1]))
 udp.sendto(b"anybody?", ("224.0.0.251", 5353))
 """
+# Asks an address that nobody has; fails with what the socket says at once or within 50 ms.
+KNOCK = """
+import socket, sys
+knock = socket.socket(socket.AF_INET, getattr(socket, "SOCK_" + sys.argv[1]))
+knock.settimeout(0.05)
+knock.connect(("8.8.8.8", 53))
+knock.send(b"?")
+knock.recv(2000)
+"""
 # Prints the pid of what it leaves behind, and waits to be killed.
 ABANDON = """
 import sys
@@ -119,7 +129,7 @@ def test_a_home_reaches_out_and_nobody_reaches_in(world: World) -> None:
 
 
 @pytest.mark.parametrize("nat", ["preserving", "symmetric"])
-def test_what_a_nat_does_to_the_port(world: World, nat: str) -> None:
+def test_what_a_nat_does_to_the_port(world: World, nat: Nat) -> None:
     r1, r2, a = world.public("R1"), world.public("R2"), world.home("A", nat=nat)
     reflects(r1)
     reflects(r2)
@@ -132,7 +142,7 @@ def test_what_a_nat_does_to_the_port(world: World, nat: str) -> None:
 
 
 @pytest.mark.parametrize("carrier", ["preserving", "symmetric"])
-def test_behind_two_nats(world: World, carrier: str) -> None:
+def test_behind_two_nats(world: World, carrier: Nat) -> None:
     r, a = world.public("R"), world.home("A", carrier=carrier)
     reflects(r)
     reflects(a)
@@ -168,13 +178,13 @@ def test_a_lan_has_no_way_out_and_hosts_in_it_meet(world: World) -> None:
     assert silent(a, r.address)
 
 
-def test_what_nobody_has_is_unreachable_or_silent(tmp_path: Path, kubo_binary: Path) -> None:
-    connect = "import socket; socket.create_connection(('8.8.8.8', 53), timeout=0.5)"
-    for beyond, said in (("unreachable", "No route to host"), ("silent", "timed out")):
-        with internet(tmp_path, kubo_binary, beyond) as world:
-            for host in (world.public("R"), world.home("A")):
+@pytest.mark.parametrize(("beyond", "said"), [("refused", "No route to host"), ("silent", "timed out")])
+def test_what_nobody_has_is_refused_or_silent(tmp_path: Path, kubo_binary: Path, beyond: Beyond, said: str) -> None:
+    with internet(tmp_path, kubo_binary, beyond) as world:
+        for host in (world.public("R"), world.home("A")):
+            for kind in ("STREAM", "DGRAM") * 10:
                 with pytest.raises(Refused, match=said):
-                    host.do(sys.executable, "-c", connect)
+                    host.do(sys.executable, "-c", KNOCK, kind)
 
 
 def test_multicast_does_not_cross_the_wire_but_a_lan(world: World) -> None:
@@ -241,9 +251,10 @@ def test_what_a_killed_run_left_is_removed_by_the_next() -> None:
             assert killed.stdout is not None
             left = psutil.Process(int(killed.stdout.readline()))
             killed.kill()
-        assert left.is_running()
-        remove_leftovers()
-        left.wait(timeout=10)
+            os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet reaped
+            assert left.is_running()
+            remove_leftovers()
+            left.wait(timeout=10)
         assert ours.processes()
     finally:
         ours.close()

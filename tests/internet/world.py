@@ -9,29 +9,29 @@ The wire is a bridge in a namespace of its own. On it stand public hosts and rou
 
     public R   11.1.0.2 ----.
                              \\
-    home A  192.168.2.2 -- router 11.2.0.2 -- the wire 11.0.0.1/8 -- (nothing)
+    home A  192.168.2.2 -- router 11.2.0.2 -- the wire -- 11.0.0.1 -- (nothing)
                              /
     home B  192.168.3.2 -- router 100.64.3.2 -- carrier 11.3.0.2       LAN L  192.168.4.2 -- bridge -- 192.168.4.3
 
 Addresses: 11.0.0.0/8 because libp2p and libtorrent take documentation ranges for private ones; each host in another /16, because DHTs
-distrust neighbours. What has no host is answered with "unreachable", as by an operator, or with silence (`beyond`).
+distrust neighbours. What has no host is refused at once, name lookups included, or nothing ever comes back (`beyond`).
 Multicast does not cross the wire (else hosts on it would find each other by mDNS, which no internet does), and there is no IPv6 on it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from tests.functional.nodes import Node
+from tests.functional.nodes import Node, until
 from tests.internet.namespaces import Namespace, mark, remove_leftovers
 from tests.internet.sniffing import Sniffed, sniff
 
 Nat = Literal["preserving", "symmetric"]
-Beyond = Literal["unreachable", "silent"]
+Beyond = Literal["refused", "silent"]
 GATEWAY = "11.0.0.1"
 
 
@@ -124,6 +124,25 @@ class Host(Node):
         """Where its packets get the address that others see."""
         return self.routers[-1].namespace if self.routers else self.namespace
 
+    def up(self, *settings: str, within: Sequence[str] = (), ready: bool = True) -> Host:
+        """Start the daemon; `ready`: and wait for its IPFS, so that `status` has the whole address."""
+        super().up(*settings, within=within)
+        if ready:
+            until(self._settled, f"IPFS on {self.name}")
+        return self
+
+    def _settled(self) -> bool:
+        self.status = self.run("status")
+        return bool(self.status["ipfs"]["state"] != "starting")
+
+    def served(self, code: str) -> dict[str, Any]:
+        """What its `models` says of a code as soon as somebody serves it. Fails when nobody does."""
+
+        def listed() -> dict[str, Any] | None:
+            return next((model for model in self.run("models") if model["code"] == code and model["serving"]), None)
+
+        return until(listed, f"#{code} served on {self.name}'s list")
+
     def do(self, *command: str) -> str:
         """What any command prints that runs on this host."""
         return self.namespace.do(*command)
@@ -166,7 +185,7 @@ class Lan:
 class World:
     """Builds the hosts. `close()` ends all that runs on them; nothing of it outlives the process that made it."""
 
-    def __init__(self, folder: Path, kubo: Path, beyond: Beyond = "unreachable") -> None:
+    def __init__(self, folder: Path, kubo: Path, beyond: Beyond = "refused") -> None:
         """`folder` gets the data folders and logs of the nodes. Raises `namespaces.Refused`."""
         remove_leftovers()
         self._folder, self._kubo = folder, kubo
@@ -174,7 +193,7 @@ class World:
         self._numbers = 0
         self.hosts: dict[str, Host] = {}
         self._wire = Switch(self.namespace(), multicast=False)
-        self._give_the_wire_an_end(beyond)
+        self._end_the_wire(beyond)
 
     def public(self, name: str) -> Host:
         """A host that everybody reaches."""
@@ -257,13 +276,21 @@ class World:
         namespace, address = self.namespace(), f"11.{number}.0.2"
         return Router(namespace, self._on_the_wire(namespace, "outside", address), address, nat)
 
-    def _give_the_wire_an_end(self, beyond: Beyond) -> None:
-        """What nobody here has as an address."""
-        end = "unreachable" if beyond == "unreachable" else "blackhole"
-        wire = self._wire.namespace
-        wire.sysctl("ipv4/ip_forward", "1")
-        wire.sysctl("ipv4/icmp_ratelimit", "0")
-        wire.ip(f"address add {GATEWAY}/8 dev bridge0", f"route add {end} default")
+    def _end_the_wire(self, beyond: Beyond) -> None:
+        """A gateway that answers for all addresses which nobody here has."""
+        gateway = self.namespace()
+        self._wire.plug(gateway, "eth0", f"{GATEWAY}/8")
+        if beyond == "silent":
+            gateway.ip("route add blackhole default")
+            return
+        # Refused by a rule, because what a route refuses is told five times and then once a second (ip_error in the kernel), and
+        # as "prohibited", because that ends a waiting UDP socket too (udp_err): name lookups fail at once.
+        gateway.ip("route add default dev eth0")
+        gateway.sysctl("ipv4/conf/eth0/send_redirects", "0")
+        gateway.sysctl("ipv4/conf/all/send_redirects", "0")
+        gateway.sysctl("ipv4/ip_forward", "1")
+        gateway.sysctl("ipv4/icmp_ratelimit", "0")
+        gateway.rules("*filter\n-A FORWARD -j REJECT --reject-with icmp-admin-prohibited\nCOMMIT")
 
     def _between(self, change: str, one: Host, other: Host) -> None:
         assert one.outside != other.outside, "two hosts of one house meet inside it"
@@ -273,7 +300,7 @@ class World:
 
 
 @contextlib.contextmanager
-def internet(folder: Path, kubo: Path, beyond: Beyond = "unreachable") -> Iterator[World]:
+def internet(folder: Path, kubo: Path, beyond: Beyond = "refused") -> Iterator[World]:
     world = World(folder, kubo, beyond)
     try:
         yield world

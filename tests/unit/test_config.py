@@ -27,6 +27,9 @@ from daemon.ipfs.bootstrap import PUBLIC_BOOTSTRAP
         ("[ipfs]\nbootstrap = ['/ip4/1.2.3.4/tcp/4001']", "ipfs.bootstrap"),
         ("[ipfs]\nbootstrap = ['/ip4/1.2.3/tcp/1/p2p/Qm']", "ipfs.bootstrap"),
         ("network = 'loopback'\n[swarm]\nhost = '0.0.0.0'", "swarm.host"),
+        ("[swarm]\nrelay = 'sometimes'", "swarm.relay"), ("[swarm]\nrelay = true", "swarm.relay"),
+        ("[swarm]\nrelay_bytes = 2", "swarm.relay_bytes"), ("[swarm]\nopen = 'wide'", "swarm.open"),
+        ("[swarm]\nrendezvous = []", "swarm.rendezvous"),
     ],
 )  # fmt: skip
 def test_a_config_that_is_wrong(tmp_path: Path, text: str, culprit: str) -> None:
