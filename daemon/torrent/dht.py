@@ -4,9 +4,10 @@
     joining   no node has answered yet; announcing and finding wait
     ready     there are nodes in the routing table
 
-Who is asked for a way in, in this order: the nodes of the last run (libtorrent gets them as it starts), those that the
-owner names with `add_nodes`, the bootstrap list. libtorrent is never given a name to look up: it would hold
-the whole DHT back until the resolver answers or gives up. What the DHT says is a hint, from anybody.
+Who is asked for a way in, in this order: the nodes of the last run (libtorrent gets them as it
+starts), those that the owner names with `add_nodes`, the bootstrap list. libtorrent is never given
+a name to look up: it would hold the whole DHT back until the resolver answers or gives up. What the
+DHT says is a hint, from anybody.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ _SAVE_S = (30.0, 600.0)  # after which the nodes are written: first, then again 
 
 
 class Dht:
-    """The DHT part of one libtorrent session, which calls `params`, `attach`, `poll`, the `on_*` and `close`.
+    """The DHT of one libtorrent session, which calls `params`, `attach`, `poll`, `on_*` and `close`.
 
-    `bootstrap` is (host, port) pairs; `state` the file in which nodes are remembered, None for no such file.
+    `bootstrap` is (host, port) pairs; `state` the file in which nodes are remembered, None for no
+    such file.
     """
 
     def __init__(
@@ -65,11 +67,11 @@ class Dht:
         self._closing = False
         self._tasks = Supervisor()
 
-    # -- what is known ----------------------------------------------------------------------------------------------
+    # -- what is known ----------------------------------------------------------------------------
 
     @property
     def nodes(self) -> int:
-        """Nodes in the routing tables (IPv4 and IPv6 together) that have answered; up to half a second old."""
+        """Nodes in the routing tables, IPv4 and IPv6 together; up to half a second old."""
         return self._nodes
 
     @property
@@ -86,14 +88,15 @@ class Dht:
     def status(self) -> dict[str, Any]:
         return {"enabled": self.enabled, "nodes": self._nodes, "state": self.state}
 
-    # -- meeting ----------------------------------------------------------------------------------------------------
+    # -- meeting ----------------------------------------------------------------------------------
 
     async def announce(self, key: bytes, port: int) -> None:
-        """Tell the DHT that TCP `port` of this node's address is to be found under `key` (20 bytes).
+        """Have TCP `port` of this node's address found under `key` (20 bytes).
 
-        Waits until the DHT has nodes, however long; returns when the lookup for the nodes near the key has begun. They
-        are told at its end, which nobody confirms: up to 15 s later where one of them does not answer. Nodes forget it
-        after about half an hour. Does nothing where `enabled` is False. Raises `Unavailable` when the session closes.
+        Waits until the DHT has nodes, however long, and returns when the lookup for those near the
+        key has begun. They are told at its end, which nobody confirms: up to 15 s later where one
+        of them does not answer. Nodes forget it after about half an hour. Does nothing where
+        `enabled` is False. Raises `Unavailable` when the session closes.
         """
         name = _sha1(key)
         if not self.enabled:
@@ -102,12 +105,12 @@ class Dht:
         self._session.dht_announce(name, port, 0)
 
     async def find(self, key: bytes, *, deadline_s: float) -> AsyncIterator[Peer]:
-        """Whoever announced itself under `key` (20 bytes): (IP, port) as they come, each once, at most `MAX_FOUND`.
+        """Who announced itself under `key` (20 bytes): (IP, port) as they come, `MAX_FOUND` at most.
 
-        Waits for the DHT to have nodes first. Ends when all nodes near the key have been asked, at the deadline, and at
-        once where `enabled` is False. libtorrent only says how many lookups run: while there are others, ours may
-        last until the deadline, and 15 s where a node does not answer; peers come at once. Addresses may be anything,
-        private ones too. Raises `Unavailable` when the session closes.
+        Waits for the DHT to have nodes first. Ends when all nodes near the key have answered or 15
+        s have passed without, at the deadline, and at once where `enabled` is False. libtorrent
+        only says how many lookups run: while there are others, ours may last until the deadline.
+        Addresses may be anything, private ones too. Raises `Unavailable` when the session closes.
         """
         name = _sha1(key)
         ends = asyncio.get_running_loop().time() + deadline_s
@@ -124,7 +127,7 @@ class Dht:
             self._forget(key, search)
 
     def add_nodes(self, nodes: Iterable[Peer]) -> None:
-        """Ask these too: (IP, UDP port) of nodes that may be good. Names are left out, never looked up."""
+        """Ask these too: (IP, UDP port) of nodes that may be good. Names are left out."""
         if not self.enabled:
             return
         for node in network.addresses(nodes):
@@ -155,10 +158,10 @@ class Dht:
         if self._closing:
             raise Unavailable("the BitTorrent DHT", "the session is closing")
 
-    # -- life -------------------------------------------------------------------------------------------------------
+    # -- life -------------------------------------------------------------------------------------
 
     def params(self) -> Any:
-        """What libtorrent's session is made from: with the nodes of the last run, where there are any. Blocks."""
+        """What libtorrent's session is made from, with the nodes of the last run. Blocks."""
         found, self._remembers = dht_state.read(self._file if self.enabled else None)
         return found
 
@@ -167,8 +170,8 @@ class Dht:
         self._session = session
         if not self.enabled:
             return
-        # Not by the settings that the session is made with: libtorrent 2.1.1 then starts the DHT before it has taken the
-        # nodes of the last run, and begins without them.
+        # Not by the settings that the session is made with: libtorrent 2.1.1 then starts the DHT
+        # before it has taken the nodes of the last run, and begins without them.
         session.apply_settings({"enable_dht": True})
         for node in self._hints:
             self._ask(node)
@@ -177,7 +180,7 @@ class Dht:
             self._tasks.run("dht: remember nodes", self._remember, restart=True)
 
     async def close(self) -> None:
-        """End all who wait, and write the nodes; libtorrent's session must still run. Idempotent."""
+        """End all who wait, and write the nodes. libtorrent must still run. Idempotent."""
         if self._closing:
             return
         self._closing = True
@@ -232,7 +235,7 @@ class Dht:
                 await asyncio.to_thread(dht_state.save, self._file, self._session)
                 pause = later
 
-    # -- what libtorrent reports ------------------------------------------------------------------------------------
+    # -- what libtorrent reports ------------------------------------------------------------------
 
     def poll(self) -> None:
         """Ask libtorrent for numbers. Its answers come in the order of the questions."""
@@ -244,7 +247,7 @@ class Dht:
         self._session.post_session_stats()
 
     def on_reply(self, key: bytes, peers: Sequence[Peer]) -> None:
-        """What one node answered. Announcing asks as well, so it comes for keys that nobody searches too."""
+        """What one node answered. Announcing asks too, so keys that nobody searches come here."""
         for search in self._searches.get(key, ()):
             search.add(peers)
 
@@ -259,7 +262,8 @@ class Dht:
         self._rounds[1] += 1
         active, self._active = self._active, 0
         if nodes and not self._nodes:
-            # The one that answered names others, but libtorrent would look at one of them every 5 s. A lookup asks all.
+            # The one that answered names others, but libtorrent would look at one of them every 5
+            # s. A lookup asks all.
             self._session.dht_get_peers(_sha1(random.randbytes(KEY)))
         self._nodes = nodes
         _set(self._has_nodes, nodes > 0)

@@ -1,4 +1,4 @@
-"""The DHT nodes of the last run in a file, as libtorrent writes them. Everything here blocks for the disk."""
+"""The DHT nodes of the last run in a file, as libtorrent writes them. All of it blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ONLY_DHT: Any = lt.save_state_flags_t.save_dht_state
 
 
 def read(path: Path | None) -> tuple[Any, bool]:
-    """libtorrent's `session_params` and whether they hold nodes. What cannot be read is said in the log, and left."""
+    """libtorrent's `session_params`, and whether they hold nodes. What is damaged is logged."""
     if path is None:
         return lt.session_params(), False
     try:
@@ -37,7 +37,7 @@ def read(path: Path | None) -> tuple[Any, bool]:
 
 
 def save(path: Path, session: Any) -> None:
-    """Write the nodes that `session` knows now, whole or not at all. Raises `Unavailable` when the disk refuses."""
+    """Write the nodes that `session` knows, whole or not at all. Raises `Unavailable`."""
     state = session.session_state(_ONLY_DHT)
     write_private(path, bytes(lt.write_session_params_buf(state, _ONLY_DHT)))
 

@@ -57,6 +57,15 @@ class Owner(Protocol):
     def announce_soon(self, torrent: Torrent) -> None: ...
 
 
+class Torrents(Owner, Protocol):
+    """What those who add torrents of their own ask of the session."""
+
+    @property
+    def can_discover(self) -> bool: ...
+    def known(self, infohash: str) -> Torrent | None: ...
+    def add(self, torrent: Torrent, params: Any, flags: int, hashes: Iterable[str] = ()) -> None: ...
+
+
 class Torrent:
     """One torrent inside libtorrent, under all its infohashes."""
 

@@ -1,4 +1,4 @@
-"""Asking the home router, by UPnP and NAT-PMP, to forward a TCP port to this node. libtorrent speaks both."""
+"""Asking the home router, by UPnP and NAT-PMP, to forward a TCP port to this node."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ log = logging.getLogger(__name__)
 
 
 class PortMapping:
-    """One TCP port beside libtorrent's own. The session calls `attach`, `renew`, `close` and the `on_*`."""
+    """One TCP port beside libtorrent's own. The session calls `attach`, `renew`, `close`, `on_*`."""
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
         self._session: Any = None
         self._wanted: int | None = None
-        self._asked: set[int] = set()  # libtorrent's numbers of our requests, one per address and way
+        self._asked: set[int] = (
+            set()
+        )  # libtorrent's numbers of our requests
         self._external: dict[Hashable, int] = {}  # by way of asking: UPnP or NAT-PMP
 
     @property
@@ -27,7 +29,7 @@ class PortMapping:
         return next(iter(self._external.values()), None)
 
     def map_port(self, port: int) -> None:
-        """Have TCP `port` forwarded, instead of the one before. Does nothing where `enabled` is False."""
+        """Have TCP `port` forwarded instead of the one before. Does nothing unless `enabled`."""
         if self.enabled and port != self._wanted:
             self._wanted = port
             self.renew()

@@ -1,7 +1,7 @@
-"""Host names to addresses without anybody waiting for it: not the caller, not the end of the process.
+"""Host names to addresses, and nobody waits for it: not the caller, not the process that ends.
 
-`loop.getaddrinfo` uses the executor, whose threads the end of the process waits for: half a minute where
-no resolver answers. Here each look-up has a thread of its own that nobody waits for.
+`loop.getaddrinfo` uses the executor, whose threads the end of the process waits for: half a minute
+where no resolver answers. Here each look-up has a thread of its own that nobody waits for.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Found = Callable[[str, Sequence[tuple[str, int]]], None]
 
 
 def look_up(host: str, port: int, found: Found) -> None:
-    """Call `found(host, addresses)` on this loop once the resolver has answered; with no address when it failed.
+    """Call `found(host, addresses)` on this loop once the resolver has answered or failed.
 
-    `addresses` are (IP, `port`). It is not called when the loop has ended by then.
+    `addresses` are (IP, `port`), none where it failed. It is not called when the loop has ended by then.
     """
     loop = asyncio.get_running_loop()
 

@@ -1,4 +1,4 @@
-"""One search in the DHT: what came, what is taken of it, and when it is over. Knows nothing of libtorrent."""
+"""One search in the DHT: what is taken of what comes, and when it is over. No libtorrent here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Peer = tuple[str, int]  # IP, port
 
 
 class Search:
-    """Peers as they come, each once. `born` is the number of rounds of `poll` that had begun before it."""
+    """Peers as they come, each once. `born`: how many rounds of `Dht.poll` had begun before it."""
 
     def __init__(self, born: int) -> None:
         self.born = born

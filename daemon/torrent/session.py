@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import socket
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -22,13 +21,14 @@ from typing import Any
 import libtorrent as lt
 
 from daemon.config import Network
-from daemon.errors import Unavailable, Unserved, VerificationError
+from daemon.errors import Unavailable, VerificationError
 from daemon.home import write_private
 from daemon.torrent import metainfo, network
 from daemon.torrent.announcing import Announcing
 from daemon.torrent.dht import Dht
 from daemon.torrent.download import Download, disk_error
 from daemon.torrent.entry import CHECKING, Seed, Swarm, Torrent, resolve
+from daemon.torrent.magnets import Magnets
 from daemon.torrent.port_mapping import PortMapping
 from daemon.torrent.small import SmallObjects
 
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 _CLOSE_S = 0.7  # for libtorrent to let go of its torrents, before the session is dropped with what is left
 _LISTEN_S = 5.0
 _STATUS_S = 0.5
-_ASK_LAYERS_S = (0.02, 0.2)  # pause between two looks whether the piece layers have come: first, longest
-_LAYERS_S = 2.0  # how long the piece layers may take before the peers are met anew: first, then twice as long each time
 _LIMITS: Any = {"max_pieces": 1 << 20, "max_decode_depth": metainfo.MAX_DEPTH, "max_decode_tokens": metainfo.MAX_TOKENS}
 
 
@@ -65,6 +63,7 @@ class TorrentSession:
         self.dht = Dht(enabled=network == "public", bootstrap=dht_bootstrap, state=dht_state)
         self.ports = PortMapping(enabled=network == "public")
         self._announcing = Announcing()
+        self._magnets = Magnets(self)
         self._small = SmallObjects(self)
         self._overrides = overrides
         self._wanted_port = port
@@ -250,72 +249,16 @@ class TorrentSession:
         self.add(entry, self._params(torrent, path), CHECKING)
         return download
 
-    async def metadata(self, infohash: str | None, infohash_v2: str | None, peers: Sequence[tuple[str, int]], deadline_s: float) -> bytes:
+    async def metadata(
+        self, infohash: str | None, infohash_v2: str | None, peers: Sequence[tuple[str, int]], deadline_s: float
+    ) -> bytes:
         """The whole .torrent with its piece layers, from `peers` and whoever discovery finds. No payload is asked for.
 
         Raises `Unserved` at the deadline, and at once where there is no discovery and no peer; `VerificationError` when
         the torrent is not one that `metainfo.parse` accepts. libtorrent 2.1.1 cannot check the last piece hash of files
         with 512 n + 1 pieces (n > 0) and takes who sends it for a liar, so for those this ends in `Unserved` too.
         """
-        wanted = [name for name in (infohash, infohash_v2) if name]
-        for known in (self._torrents.get(name) for name in wanted):
-            if known is not None and known.torrent is not None:
-                return known.torrent
-        askable = network.addresses(peers)
-        unserved = Unserved("torrent", "no node gave it whole", "join a node that has it, or pull it by its code or CID")
-        if not askable and not self.can_discover:
-            raise unserved
-        try:
-            async with asyncio.timeout(deadline_s):
-                torrent = await self._ask(infohash, infohash_v2, askable)
-        except TimeoutError:
-            raise unserved from None
-        facts = await asyncio.to_thread(metainfo.parse, torrent)
-        if infohash not in (None, facts.infohash) or infohash_v2 not in (None, facts.infohash_v2):
-            raise VerificationError("torrent", "its v1 and v2 infohash are of different torrents", "check the magnet with whoever gave it")
-        return torrent
-
-    async def _ask(
-        self, infohash: str | None, infohash_v2: str | None, peers: list[tuple[str, int]], patience: float = _LAYERS_S
-    ) -> bytes:
-        params = lt.parse_magnet_uri(network.magnet(infohash, infohash_v2))
-        params.peers = peers
-        # Nothing is written in upload mode; a folder that does not exist keeps libtorrent from looking at anybody's files.
-        params.save_path = f"/nonexistent/{uuid.uuid4()}"
-        entry = Torrent(self, None, None)
-        entry.with_metadata = asyncio.get_running_loop().create_future()
-        self.add(entry, params, lt.torrent_flags.upload_mode, [name for name in (infohash, infohash_v2) if name])
-        try:
-            await entry.with_metadata
-            hashes = entry.handle.info_hashes()
-            if infohash_v2 or not hashes.has_v2():
-                # Now and then libtorrent never asks a peer, most often on a busy machine; the same peer, met anew, is asked.
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(patience):
-                        return await self._layers(entry)
-                patience *= 2
-            else:
-                # Peers that were met as v1 peers are never asked for v2 hashes: meet them again under both names.
-                infohash_v2 = str(hashes.v2)
-        finally:
-            await self.remove(entry)
-        return await self._ask(infohash, infohash_v2, peers, patience)
-
-    async def _layers(self, entry: Torrent) -> bytes:
-        # libtorrent asks peers for the piece layers by itself, but says nothing when they have come.
-        pause, longest = _ASK_LAYERS_S
-        while True:
-            if entry.removed is not None:
-                raise Unavailable("BitTorrent", "the session is closing")
-            entry.resume_data = asyncio.get_running_loop().create_future()
-            entry.handle.save_resume_data(lt.save_resume_flags_t.save_info_dict)
-            torrent = await entry.resume_data
-            if torrent is not None:
-                with contextlib.suppress(metainfo.IncompleteLayers):  # some hashes have come, not yet all
-                    await asyncio.to_thread(metainfo.parse, torrent)
-                    return torrent
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, longest)
+        return await self._magnets.metadata(infohash, infohash_v2, peers, deadline_s)
 
     def seeds_and_peers(self, infohash_v2: str) -> tuple[int, int]:
         """(seeders, peers) known of a torrent, peers with seeders, this node not counted; zeros for an unknown one."""

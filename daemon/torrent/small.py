@@ -1,8 +1,9 @@
-"""Small objects over BitTorrent, such as a signed manifest: known by its v1 infohash, bounded, and given as bytes.
+"""Small objects over BitTorrent, such as a signed manifest: asked for by v1 infohash, and bounded.
 
-What a swarm sends under an infohash is what somebody made under it; whether it is the right object is for the caller to
-check (a manifest has a CID). Until the metadata has come and its size is within the limit no payload is asked for.
-Bytes touch the disk only in a folder that nobody else can read, and that is gone afterwards.
+What a swarm sends under an infohash is what somebody made under it; whether it is the right object
+is for the caller to check (a manifest has a CID). Until the metadata has come and its size is
+within the limit no payload is asked for. Bytes touch the disk only in a folder that nobody else can
+read, and that is gone afterwards.
 """
 
 from __future__ import annotations
@@ -10,25 +11,16 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import libtorrent as lt
 
 from daemon.errors import Unserved, VerificationError
 from daemon.torrent import network
 from daemon.torrent.download import disk_error
-from daemon.torrent.entry import Owner, Torrent
-
-
-class Torrents(Owner, Protocol):
-    """What is needed of the session."""
-
-    @property
-    def can_discover(self) -> bool: ...
-    def known(self, infohash: str) -> Torrent | None: ...
-    def add(self, torrent: Torrent, params: Any, flags: int, hashes: Iterable[str]) -> None: ...
+from daemon.torrent.entry import Torrent, Torrents
 
 
 class _Fetch:
@@ -41,13 +33,15 @@ class _Fetch:
 
 
 class SmallObjects:
-    """Fetches small objects; callers of one infohash share one fetch, which ends when nobody waits for it any more."""
+    """Callers of one infohash share one fetch, which ends when nobody waits for it any more."""
 
     def __init__(self, torrents: Torrents) -> None:
         self._torrents = torrents
         self._fetches: dict[str, _Fetch] = {}
 
-    async def fetch(self, infohash: str, peers: Sequence[tuple[str, int]], *, limit: int, deadline_s: float) -> bytes:
+    async def fetch(
+        self, infohash: str, peers: Sequence[tuple[str, int]], *, limit: int, deadline_s: float
+    ) -> bytes:
         """See `TorrentSession.fetch_small`."""
         seeded = self._torrents.known(infohash)
         if seeded is not None and seeded.seed is not None:
@@ -66,7 +60,9 @@ class SmallObjects:
 
     async def _shared(self, infohash: str, peers: list[tuple[str, int]], limit: int) -> bytes:
         fetch = self._fetches.get(infohash)
-        while fetch is not None and fetch.callers == 0:  # everybody has left it, and it is about to end
+        while (
+            fetch is not None and fetch.callers == 0
+        ):  # everybody has left it, and it is about to end
             await asyncio.wait([fetch.task])
             fetch = self._fetches.get(infohash)
         if fetch is None:
@@ -86,12 +82,16 @@ class SmallObjects:
         torrent = Torrent(self._torrents, None, None)
         torrent.is_model = False
         torrent.delete_files = True
-        task = asyncio.create_task(self._run(torrent, infohash, peers, limit), name="fetch a small object")
+        task = asyncio.create_task(
+            self._run(torrent, infohash, peers, limit), name="fetch a small object"
+        )
         fetch = self._fetches[infohash] = _Fetch(torrent, task)
         task.add_done_callback(lambda _: self._fetches.pop(infohash))
         return fetch
 
-    async def _run(self, torrent: Torrent, infohash: str, peers: list[tuple[str, int]], limit: int) -> bytes:
+    async def _run(
+        self, torrent: Torrent, infohash: str, peers: list[tuple[str, int]], limit: int
+    ) -> bytes:
         folder = await asyncio.to_thread(_make_folder)
         try:
             return await self._bring(torrent, infohash, peers, limit, folder)
@@ -99,7 +99,14 @@ class SmallObjects:
             await self._torrents.remove(torrent)
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
-    async def _bring(self, torrent: Torrent, infohash: str, peers: list[tuple[str, int]], limit: int, folder: Path) -> bytes:
+    async def _bring(
+        self,
+        torrent: Torrent,
+        infohash: str,
+        peers: list[tuple[str, int]],
+        limit: int,
+        folder: Path,
+    ) -> bytes:
         loop = asyncio.get_running_loop()
         params = lt.parse_magnet_uri(network.magnet(infohash, None))
         params.peers = peers
@@ -118,17 +125,23 @@ class SmallObjects:
 
 
 def _checked_pieces(info: Any, limit: int) -> int:
-    """How many pieces it has. Raises `VerificationError` when it is no single file of 1 to `limit` bytes."""
+    """How many pieces it has. Raises `VerificationError` unless it is one file of 1 to `limit` bytes."""
     size = int(info.total_size())
     if not 0 < size <= limit:
         raise _too_large(size, limit)
     if int(info.num_files()) != 1:
-        raise VerificationError("torrent", "it holds several files where one is expected", "get it from another source")
+        raise VerificationError(
+            "torrent", "it holds several files where one is expected", "get it from another source"
+        )
     return int(info.num_pieces())
 
 
 def _too_large(size: int, limit: int) -> VerificationError:
-    return VerificationError("torrent", f"it holds {size} bytes where 1 to {limit} are taken", "get it from another source")
+    return VerificationError(
+        "torrent",
+        f"it holds {size} bytes where 1 to {limit} are taken",
+        "get it from another source",
+    )
 
 
 def _unserved() -> Unserved:

@@ -1,4 +1,4 @@
-"""The DHT as a meeting place, on real libtorrent: several `public` sessions on 127.0.0.1, which is all they talk to."""
+"""The DHT as a meeting place: real libtorrent, `public` sessions that talk to 127.0.0.1 alone."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import pytest
 
 from daemon.errors import Unavailable
 from daemon.torrent import dht, dht_state, resolving
+from daemon.torrent.metainfo import TorrentHasher
 from daemon.torrent.session import TorrentSession
 
-# What makes a `public` session one that stays on this machine, and lets DHT nodes share one address.
+# What makes a `public` session one that stays on this machine, and lets DHT nodes share one
+# address.
 ON_LOOPBACK: dict[str, Any] = {
     "listen_interfaces": "127.0.0.1:0",
     "enable_upnp": False,
@@ -37,7 +39,9 @@ Address = tuple[str, int]
 
 @contextlib.asynccontextmanager
 async def node(*ways_in: Address, state: Path | None = None) -> AsyncIterator[TorrentSession]:
-    session = TorrentSession("public", 0, dht_bootstrap=ways_in, dht_state=state, overrides=ON_LOOPBACK)
+    session = TorrentSession(
+        "public", 0, dht_bootstrap=ways_in, dht_state=state, overrides=ON_LOOPBACK
+    )
     await session.start()
     try:
         yield session
@@ -71,7 +75,7 @@ async def found(session: TorrentSession, key: bytes = KEY, deadline_s: float = 2
 
 
 async def found_in_the_end(session: TorrentSession, wanted: set[Address]) -> None:
-    """Until all of `wanted` have been found. An announcement takes a moment, so one search may come too early."""
+    """Until all of `wanted` have been found; one search may come too early for one of them."""
     missing = set(wanted)
     async with asyncio.timeout(60):
         while missing:
@@ -94,7 +98,7 @@ async def test_who_announces_a_port_is_found_under_the_key_by_all() -> None:
 
 
 async def test_a_search_ends_when_all_are_asked_and_searches_run_side_by_side() -> None:
-    """The deadline is an hour: the test is over before only because libtorrent tells when nothing runs any more."""
+    """The deadline is an hour: only what libtorrent tells of its lookups ends it before."""
     async with nodes(3) as (_, a, b):
         await a.dht.announce(KEY, 4444)
         await found_in_the_end(b, {("127.0.0.1", 4444)})
@@ -124,7 +128,10 @@ async def test_finding_and_announcing_wait_for_the_first_node() -> None:
 
 async def test_all_who_wait_hear_that_the_session_closes() -> None:
     async with node() as alone:
-        waiting = [asyncio.ensure_future(alone.dht.announce(KEY, 4444)), asyncio.ensure_future(found(alone, deadline_s=3600))]
+        waiting = [
+            asyncio.ensure_future(alone.dht.announce(KEY, 4444)),
+            asyncio.ensure_future(found(alone, deadline_s=3600)),
+        ]
         await asyncio.sleep(0)
         await alone.close()
         results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -144,7 +151,9 @@ async def test_a_key_has_twenty_bytes(key: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["loopback"])
 async def test_elsewhere_everything_does_nothing(kind: Any, tmp_path: Path) -> None:
-    session = TorrentSession(kind, 0, dht_bootstrap=[("127.0.0.1", 9)], dht_state=tmp_path / "dht.state")
+    session = TorrentSession(
+        kind, 0, dht_bootstrap=[("127.0.0.1", 9)], dht_state=tmp_path / "dht.state"
+    )
     await session.start()
     try:
         await session.dht.announce(KEY, 4444)
@@ -158,7 +167,41 @@ async def test_elsewhere_everything_does_nothing(kind: Any, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-# -- remembering ------------------------------------------------------------------------------------------------------
+# -- torrents -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["v1", "v2", "both"])
+async def test_a_magnet_alone_leads_to_a_seeder(by: str, tmp_path: Path) -> None:
+    data = bytes(3 << 20)
+    hasher = TorrentHasher(len(data))
+    hasher.update(data)
+    made = hasher.finish("zeros.gguf")
+    (tmp_path / "seed").write_bytes(data)
+    async with nodes(3) as (_, seeding, wanting):
+        await seeding.seed(made.torrent, tmp_path / "seed")
+        infohash = None if by == "v2" else made.infohash
+        infohash_v2 = None if by == "v1" else made.infohash_v2
+        assert await wanting.metadata(infohash, infohash_v2, [], 60) == made.torrent
+        download = await wanting.download(made.torrent, tmp_path, "model.gguf")
+        await download.checked()
+        download.join_swarm()
+        await download.finished()
+        await download.close()
+    assert (tmp_path / "model.gguf").read_bytes() == data
+
+
+async def test_what_was_added_before_there_was_a_node_is_found_all_the_same(tmp_path: Path) -> None:
+    """By the seeder and by who asks: libtorrent alone would say so again after a quarter of an hour."""
+    async with node() as first, node() as seeding, node() as wanting:
+        seed = await seeding.seed_bytes("cid.json", b"{}", tmp_path)
+        fetch = asyncio.ensure_future(wanting.fetch_small(seed.infohash, limit=100, deadline_s=60))
+        await asyncio.sleep(0)
+        for one in (seeding, wanting):
+            one.dht.add_nodes([address(first)])
+        assert await fetch == b"{}"
+
+
+# -- remembering ----------------------------------------------------------------------------------
 
 
 async def test_nodes_of_the_last_run_are_a_way_in_without_any_list(tmp_path: Path) -> None:
@@ -207,15 +250,20 @@ async def test_no_node_is_no_reason_to_forget_the_old_ones(tmp_path: Path) -> No
 async def test_nodes_that_cannot_be_remembered_do_not_keep_the_session_from_closing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with nodes(2) as (first, _), node(address(first), state=tmp_path / "nowhere" / "dht.state") as known:
+    async with (
+        nodes(2) as (first, _),
+        node(address(first), state=tmp_path / "nowhere" / "dht.state") as known,
+    ):
         await until(lambda: known.dht.nodes >= 1)
     assert "dht.state" in caplog.text and str(tmp_path) not in caplog.text
 
 
-# -- the bootstrap list -----------------------------------------------------------------------------------------------
+# -- the bootstrap list ---------------------------------------------------------------------------
 
 
-async def test_a_resolver_that_never_answers_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_resolver_that_never_answers_holds_up_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Neither the start, nor the way in by another entry, nor the end."""
     asked, answer = threading.Event(), threading.Event()
 
@@ -245,7 +293,7 @@ async def test_names_of_the_list_are_looked_up(monkeypatch: pytest.MonkeyPatch) 
         await until(lambda: second.dht.nodes >= 1)
 
 
-# -- liars ------------------------------------------------------------------------------------------------------------
+# -- liars ----------------------------------------------------------------------------------------
 
 
 async def test_a_thousand_wrong_answers_hide_no_honest_one() -> None:

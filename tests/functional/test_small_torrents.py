@@ -52,7 +52,9 @@ async def giver(folder: Path, data: bytes) -> AsyncIterator[tuple[str, Address]]
 
 
 @pytest.mark.parametrize("size", [1, 2000, BLOCK, BLOCK + 1, 3 * BLOCK, MAX_SMALL])
-async def test_a_small_object_comes_from_a_peer_by_its_infohash(size: int, tmp_path: Path, temporary: Path) -> None:
+async def test_a_small_object_comes_from_a_peer_by_its_infohash(
+    size: int, tmp_path: Path, temporary: Path
+) -> None:
     data = content(size)
     async with giver(tmp_path, data) as (infohash, peer), node() as session:
         assert infohash == small_torrent(NAME, data).infohash
@@ -81,17 +83,25 @@ async def test_a_file_that_was_damaged_is_written_anew(tmp_path: Path) -> None:
 async def test_callers_of_one_object_share_one_fetch(tmp_path: Path) -> None:
     data = content(MAX_SMALL)
     async with giver(tmp_path, data) as (infohash, peer), node() as session:
-        fetches = [session.fetch_small(infohash, [peer], limit=LIMIT, deadline_s=60) for _ in range(10)]
+        fetches = [
+            session.fetch_small(infohash, [peer], limit=LIMIT, deadline_s=60) for _ in range(10)
+        ]
         assert await asyncio.gather(*fetches) == [data] * 10
 
 
-async def test_a_caller_who_leaves_ends_nothing_for_the_others(tmp_path: Path, temporary: Path) -> None:
+async def test_a_caller_who_leaves_ends_nothing_for_the_others(
+    tmp_path: Path, temporary: Path
+) -> None:
     data = content(2000)
     async with node() as session:
         infohash = small_torrent(NAME, data).infohash
         nobody = ("127.0.0.1", 9)
-        impatient = asyncio.ensure_future(session.fetch_small(infohash, [nobody], limit=LIMIT, deadline_s=3600))
-        patient = asyncio.ensure_future(session.fetch_small(infohash, [nobody], limit=LIMIT, deadline_s=3600))
+        impatient = asyncio.ensure_future(
+            session.fetch_small(infohash, [nobody], limit=LIMIT, deadline_s=3600)
+        )
+        patient = asyncio.ensure_future(
+            session.fetch_small(infohash, [nobody], limit=LIMIT, deadline_s=3600)
+        )
         await asyncio.sleep(0.2)
         impatient.cancel()
         await asyncio.wait([impatient])
@@ -106,7 +116,9 @@ async def test_a_fetch_that_all_have_left_can_be_begun_again_at_once(tmp_path: P
     data = content(2000)
     async with giver(tmp_path, data) as (infohash, peer), node() as session:
         for _ in range(3):
-            leaving = asyncio.ensure_future(session.fetch_small(infohash, [("127.0.0.1", 9)], limit=LIMIT, deadline_s=3600))
+            leaving = asyncio.ensure_future(
+                session.fetch_small(infohash, [("127.0.0.1", 9)], limit=LIMIT, deadline_s=3600)
+            )
             await asyncio.sleep(0.05)
             leaving.cancel()
             again = session.fetch_small(infohash, [peer], limit=LIMIT, deadline_s=60)
@@ -118,14 +130,18 @@ async def test_nobody_gives_it(temporary: Path) -> None:
     infohash = small_torrent(NAME, b"{}").infohash
     async with node() as session, node() as ignorant:
         with pytest.raises(Unserved):
-            await session.fetch_small(infohash, [("127.0.0.1", ignorant.port)], limit=LIMIT, deadline_s=0.5)
+            await session.fetch_small(
+                infohash, [("127.0.0.1", ignorant.port)], limit=LIMIT, deadline_s=0.5
+            )
         with pytest.raises(Unserved):
             await session.fetch_small(infohash, [("name.example", 5)], limit=LIMIT, deadline_s=3600)
         assert session.known(infohash) is None
         assert list(temporary.iterdir()) == []
 
 
-async def test_what_is_larger_than_the_limit_is_refused_before_any_of_it_comes(tmp_path: Path, temporary: Path) -> None:
+async def test_what_is_larger_than_the_limit_is_refused_before_any_of_it_comes(
+    tmp_path: Path, temporary: Path
+) -> None:
     data = content(MAX_SMALL)
     async with giver(tmp_path, data) as (infohash, peer), node() as session:
         with pytest.raises(VerificationError, match=f"{MAX_SMALL} bytes"):
@@ -142,7 +158,9 @@ async def test_a_torrent_of_a_large_file_is_refused(tmp_path: Path, temporary: P
     async with node() as session, node() as seeding:
         await seeding.seed(made.torrent, tmp_path / "large")
         with pytest.raises(VerificationError, match="bytes"):
-            await session.fetch_small(made.infohash, [("127.0.0.1", seeding.port)], limit=LIMIT, deadline_s=60)
+            await session.fetch_small(
+                made.infohash, [("127.0.0.1", seeding.port)], limit=LIMIT, deadline_s=60
+            )
         assert list(temporary.rglob("*")) == []
 
 
@@ -164,7 +182,10 @@ async def test_a_torrent_of_several_files_is_refused(tmp_path: Path, temporary: 
     async with node() as session:
         with pytest.raises(VerificationError, match="several files"):
             await session.fetch_small(
-                str(handle.info_hashes().v1), [("127.0.0.1", hostile.listen_port())], limit=LIMIT, deadline_s=60
+                str(handle.info_hashes().v1),
+                [("127.0.0.1", hostile.listen_port())],
+                limit=LIMIT,
+                deadline_s=60,
             )
         assert list(temporary.rglob("*")) == []
 
@@ -172,7 +193,9 @@ async def test_a_torrent_of_several_files_is_refused(tmp_path: Path, temporary: 
 async def test_closing_ends_a_fetch_and_leaves_no_folder(temporary: Path) -> None:
     infohash = small_torrent(NAME, b"{}").infohash
     async with node() as session:
-        fetch = asyncio.ensure_future(session.fetch_small(infohash, [("127.0.0.1", 9)], limit=LIMIT, deadline_s=3600))
+        fetch = asyncio.ensure_future(
+            session.fetch_small(infohash, [("127.0.0.1", 9)], limit=LIMIT, deadline_s=3600)
+        )
         await asyncio.sleep(0.1)
         assert len(list(temporary.iterdir())) == 1
         await session.close()
@@ -184,7 +207,9 @@ async def test_closing_ends_a_fetch_and_leaves_no_folder(temporary: Path) -> Non
 
 
 @pytest.mark.parametrize(("name", "size"), [("../evil", 1), (NAME, 0), (NAME, MAX_SMALL + 1)])
-async def test_what_is_no_small_object_is_neither_written_nor_given(name: str, size: int, tmp_path: Path) -> None:
+async def test_what_is_no_small_object_is_neither_written_nor_given(
+    name: str, size: int, tmp_path: Path
+) -> None:
     store = tmp_path / "store"
     async with node() as session:
         with pytest.raises((UsageError, VerificationError)):
