@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from daemon.ipfs.rpc import Rpc, RpcError, gone
@@ -40,6 +40,16 @@ async def enter(rpc: Rpc, *, held: Sequence[str], company: Company, bootstrap: S
         _until_enough(rpc, _by_peer(bootstrap)),
         _list(rpc, bootstrap),
     )
+
+
+async def meet_relays(rpc: Rpc, relays: Sequence[str], let_through: Callable[[str], None]) -> None:
+    """Connect to each relay, and say so (gate.py). What cannot be reached is no error."""
+
+    async def meet(address: str) -> None:
+        await _dial(rpc, [address])
+        let_through(address.rpartition("/p2p/")[2])
+
+    await asyncio.gather(*(meet(address) for address in relays))
 
 
 async def company(rpc: Rpc) -> Company:

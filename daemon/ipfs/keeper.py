@@ -28,6 +28,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 _LONG_LIFE_S = 60.0  # a node that lived this long starts again without a growing pause
 _RPC_POLL_S = 5.0
 _RELAY_ANSWERS_S = 2.0
+_RELAYS_AGAIN_S = 30.0
+_FRESH_S = 10.0
 _IDLE_LOOK_S = 0.2
 _PATIENCE_S = 300.0  # for what is in use; then a node that nobody can reach counts more
 _LEAST_LIFE_S = 20.0  # between two starts that were asked for
@@ -93,9 +95,10 @@ class IpfsKeeper:
     def want(self, reach: Reach) -> None:
         """From now on the node shall stand in the network like this.
 
-        Where that needs a new start of our own Kubo, it happens as soon as nobody uses it (`busy`), after 5 minutes in any case,
-        and 20 s after the last such start at the earliest; `on_gone` and `on_ready` are called around it. Relays that do not
-        answer are left out. In a closed network, and of a node that somebody else runs, nothing changes.
+        Where that needs a new start of our own Kubo, it happens as soon as nobody uses it (`busy`), after
+        5 minutes in any case, and 20 s after the last such start at the earliest; `on_gone` and `on_ready`
+        are called around it. Relays that do not answer are left out; while none does, they are tried
+        again every 30 s. In a closed network, and of a node that somebody else runs, nothing changes.
         """
         if reach == self._wanted:
             return
@@ -144,7 +147,10 @@ class IpfsKeeper:
             async with Rpc(process.api) as rpc:
                 node = KuboNode(rpc, repo=home / "ipfs", peerings=self._peerings)
                 await self._live(node, lambda: self._end_of_life(process, rpc, node))
-            self.state, self.reason = "starting", "it starts again with other relays"
+                self.state, self.reason = "starting", "it starts again with other relays"
+                await self._leave()
+                # While the client is open, so that reads under way end with an error and are tried again.
+                await process.stop()
         finally:
             await self._leave()
             await process.stop()
@@ -170,7 +176,7 @@ class IpfsKeeper:
     async def _end_of_life(self, process: KuboProcess, rpc: Rpc, node: KuboNode) -> None:
         """Returns when the child shall start again. Raises `Unavailable` when it died."""
         await entering.hold(rpc, self._peerings.addresses())
-        entered = asyncio.create_task(self._enter(rpc))
+        entered = asyncio.create_task(self._enter(process, rpc))
         died = asyncio.create_task(process.wait())
         due = asyncio.create_task(self._due(rpc, node))
         tasks: tuple[asyncio.Task[Any], ...] = (died, due, entered)
@@ -187,30 +193,46 @@ class IpfsKeeper:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _enter(self, rpc: Rpc) -> None:
+    async def _enter(self, process: KuboProcess, rpc: Rpc) -> None:
         public = self._config.network == "public"
         bootstrap = (*self._wanted.bootstrap, *self._config.ipfs.bootstrap) if public else ()
         company, self._company = self._company, ()
-        await entering.enter(rpc, held=self._peerings.addresses(), company=company, bootstrap=bootstrap)
+        held = self._peerings.addresses()
+        await asyncio.gather(
+            entering.meet_relays(rpc, self._running.relays, process.let_through),
+            entering.enter(rpc, held=held, company=company, bootstrap=bootstrap),
+        )
 
     # -- another start ------------------------------------------------------------------------------------------------
 
     async def _due(self, rpc: Rpc, node: KuboNode) -> None:
         """Returns when the child must start again for what is wanted to hold, and nobody minds."""
         while True:
-            await self._changed.wait()
+            await self._something_to_try()
             self._changed.clear()
             if self._config.network != "public" or not self._wanted.needs_restart(self._running):
                 continue
-            if not await self._idle(node):
-                continue
             chosen = await self._chosen(rpc)
-            if chosen.needs_restart(self._running):
+            looked = time.monotonic()
+            if not chosen.needs_restart(self._running) or not await self._idle(node):
+                continue
+            if time.monotonic() - looked > _FRESH_S:
+                self._changed.set()  # who answered so long ago may be gone
+            else:
                 log.info("IPFS starts again: %s, %d relays", chosen.reachability, len(chosen.relays))
                 self._company = await entering.company(rpc)
                 self._running = chosen
                 self._started = time.monotonic()
                 return
+
+    async def _something_to_try(self) -> None:
+        """Waits until something else is wanted, or it is time to try relays again of which none has answered."""
+        hopes = bool(self._wanted.relays) and not self._running.relays
+        try:
+            async with asyncio.timeout(_RELAYS_AGAIN_S if hopes else None):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
 
     async def _idle(self, node: KuboNode) -> bool:
         """Waits until a start would cut nothing. False when something else is wanted by then."""

@@ -15,11 +15,13 @@ import shutil
 import signal
 import stat
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from daemon import orphan
 from daemon.config import Network
 from daemon.errors import Unavailable
+from daemon.ipfs.gate import RelayGate
 from daemon.ipfs.reach import Reach
 from daemon.ipfs.rpc import Rpc
 from daemon.ipfs.settings import apply_settings
@@ -57,6 +59,7 @@ class KuboProcess:
         self._max_connections = max_connections
         self._log = log
         self._reach = reach or Reach()
+        self._gates: list[RelayGate] = []
         self._socket = _socket_path(self._repo)
         self._process: asyncio.subprocess.Process | None = None
 
@@ -69,12 +72,22 @@ class KuboProcess:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
+    def let_through(self, peer: str) -> None:
+        """The relay `peer` is connected, or cannot be: libp2p may ask it for a reservation now (gate.py)."""
+        for gate in self._gates:
+            if gate.peer == peer:
+                gate.close()
+
     async def start(self) -> None:
-        """Returns when the RPC answers. Raises `Unavailable` with Kubo's last word when it does not come up."""
+        """Returns when the RPC answers; then connect to the relays, and call `let_through` for each.
+
+        Raises `Unavailable` with Kubo's last word when it does not come up."""
         try:
             if not await asyncio.to_thread(self._prepare_folders):
                 await self._init()
             await self._wait_for_lock()
+            for relay in self._reach.relays:
+                self._gates.append(await RelayGate.open(relay))
             await asyncio.to_thread(self._configure)
             log_start = await self._spawn()
             await self._until_ready(log_start)
@@ -93,6 +106,8 @@ class KuboProcess:
 
     async def stop(self) -> None:
         """Ends the child within about four seconds, first politely. Calling it again does nothing."""
+        for gate in self._gates:
+            gate.close()
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -152,8 +167,9 @@ class KuboProcess:
         path = self._repo / "config"
         try:
             config = json.loads(path.read_bytes())
+            gated = replace(self._reach, relays=tuple(gate.address for gate in self._gates))
             apply_settings(
-                config, self._network, self._port, self._max_connections, self.api, self._reach
+                config, self._network, self._port, self._max_connections, self.api, gated
             )
         except (ValueError, TypeError, KeyError) as error:
             raise Unavailable("Kubo", "the config of its repository is damaged", "move the folder ipfs away; it is made anew") from error

@@ -41,7 +41,8 @@ class Reach:
         return self._configured() != running._configured()
 
     def _configured(self) -> tuple[object, ...]:
-        return self.reachability, frozenset(self.relays), self.relay_service
+        relays = frozenset(address.rpartition("/p2p/")[2] for address in self.relays)
+        return self.reachability, relays, self.relay_service
 
 
 def direct_addresses(addresses: tuple[str, ...], most: int) -> tuple[str, ...]:
