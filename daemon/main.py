@@ -285,7 +285,15 @@ class _Daemon:
         stack.push_async_callback(transfers.close)
         publisher = Publisher(has.store, has.library, self._key)
         objects = Objects(self._ipfs, voice.connectivity.ways, voice.http, self._membership)
-        resolver = Resolver(objects, voice.peers, has.trust, self._ipfs, config.ipfs.enabled, voice.connectivity.rendezvous.search)
+        resolver = Resolver(
+            objects,
+            voice.peers,
+            has.trust,
+            self._ipfs,
+            config.ipfs.enabled,
+            voice.connectivity.rendezvous.search,
+            has.torrents,
+        )
         patience = Patience(config.transfer.stall, config.transfer.give_up)
         sources = Sources(self._ipfs, config.ipfs.enabled, RateLimit(config.transfer.download_rate), patience)
         puller = Puller(has.store, has.library, resolver, publisher, has.torrents, sources)
