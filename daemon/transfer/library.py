@@ -163,6 +163,13 @@ class Library:
                 return await asyncio.to_thread(self._store.read_torrent, record.model.identity.blake3)
         return None
 
+    def shared_file(self, cid: str) -> Path | None:
+        """The file of a sound model by its CID, to give to whoever asks; None when there is none."""
+        for record in self._records.values():
+            if record.model.identity.cid == cid and record.model.quarantined is None:
+                return self.path(record.model)
+        return None
+
     def manifest_infohash(self, cid: str | None) -> str | None:
         """The v1 infohash of the torrent of a manifest that is here, by the manifest's CID; None when it is not."""
         for record in self._records.values():

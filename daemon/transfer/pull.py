@@ -206,7 +206,9 @@ class Puller:
         ours = len(leaves) == max(1, -(-size // LEAF_SIZE))
         sink = LeafSink(path, size, leaves if ours else [])
         await sink.check()
-        await Fetch(self._sources, self._wanted(plan), transfer, sink, None).run()
+        # Without leaves of ours only IPFS itself checks what comes.
+        wanted = replace(self._wanted(plan), checked=ours)
+        await Fetch(self._sources, wanted, transfer, sink, None).run()
         if not ours:
             await node.drop_blocks(leaves)
 
