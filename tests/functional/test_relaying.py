@@ -7,7 +7,7 @@ import gc
 import io
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +185,34 @@ async def test_r34_a_relay_that_drops_everything_is_given_up(tmp_path: Path) -> 
         )
         with pytest.raises(Unserved, match=r"silent|cannot be reached"):
             await anext(silent.generate(QUESTION))
+
+
+@pytest.mark.parametrize("lie", ["truncates", "swaps the key", "drops everything"])
+async def test_r34_an_honest_relay_is_tried_after_a_liar(tmp_path: Path, lie: str) -> None:
+    """As long as nothing has been said. The liar is nearer: it has its turn as often as not, and here until it has lied."""
+    lied: list[str] = []
+
+    def change(chunks: list[bytes]) -> Sequence[bytes]:
+        lied.append(lie)
+        return [] if lie == "drops everything" else LIES[lie][0](chunks[:1])
+
+    async with AsyncExitStack() as stack:
+        dishonest = await stack.enter_async_context(liar())
+        honest = await stack.enter_async_context(swarm_node(tmp_path / "honest", relays=True))
+        server = await stack.enter_async_context(
+            swarm_node(tmp_path / "server", direct=False, hold=[dishonest.peer, honest.peer()])
+        )
+        asker = await stack.enter_async_context(swarm_node(tmp_path / "asker"))
+        server.serves(Script())
+        await until(lambda: set(server.holder.held) == {dishonest.key, honest.key})
+        await asker.gossip.join(Address(server.key, relays=server.holder.points()))
+        await until(lambda: asker.sees(server, serving=True))
+        dishonest.lie = change
+        async with asyncio.timeout(60):
+            while not lied:
+                answer = await asker.answers.open(CID, QUESTION)
+                assert answer.via == honest.key
+                assert await text_of(answer.deltas) == "the answer"
 
 
 async def test_r34_a_question_is_answered_once_however_often_it_is_replayed(tmp_path: Path) -> None:
