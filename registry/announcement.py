@@ -22,7 +22,7 @@ from typing import Any
 from registry import endpoints, strictjson
 from registry.address import check_endpoints, usable
 from registry.envelope import check_key, open_envelope
-from registry.errors import Malformed, NotVerified, Repeated, Stale
+from registry.errors import Malformed, Misdated, NotVerified, Repeated, Stale
 from registry.manifest import MAX_CONTEXT, MAX_SIZE, canonical_cid, display_name, hex40, hex64, text, whole
 from registry.records import Address, Announcement, Offer, Peer, SealKey
 
@@ -138,9 +138,9 @@ def parse(payload: bytes) -> Announcement:
 def _check_expiry(expires: int, now: int, max_skew: int) -> None:
     ahead = expires - now
     if ahead > MAX_LIFETIME + max_skew:
-        raise Stale(f"the announcement expires in {_span(ahead)}, later than any may: the clock of one of the nodes is off")
+        raise Misdated(f"the announcement expires in {_span(ahead)}, later than any may: the clock of one of the nodes is off")
     if ahead <= -MAX_LIFETIME:
-        raise Stale(f"the announcement expired {_span(-ahead)} ago: it is an old one, or the clock of one of the nodes is off")
+        raise Misdated(f"the announcement expired {_span(-ahead)} ago: it is an old one, or the clock of one of the nodes is off")
     if ahead <= 0:
         raise Stale(f"the announcement expired {_span(-ahead)} ago")
 

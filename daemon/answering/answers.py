@@ -14,6 +14,7 @@ from daemon.answering.local import LocalModel
 from daemon.engine.interface import Delta, EmbeddingRequest, Embeddings, Provider, Request
 from daemon.errors import Ambiguous, BackendError, CallerError, InferenceError, NotFound, PeerError, SwarmError, Unserved, UsageError
 from daemon.gossip.peers import PeerTable
+from daemon.gossip.rendezvous import Search
 from daemon.peerapi.ways import AUTO, NEVER, Ways
 from daemon.peerchat.provider import PeerProvider
 from daemon.waiting import close
@@ -90,7 +91,7 @@ class Embedded(Answered):
 
 class Answers:
     """`local` are the models that this node's user may ask here, served or not, and `held` offers them; `http` is shared with
-    the rest of the daemon, `clock` gives unix seconds.
+    the rest of the daemon, `clock` gives unix seconds, `search` looks for nodes on the DHTs.
     """
 
     def __init__(
@@ -102,7 +103,9 @@ class Answers:
         ways: Ways,
         http: aiohttp.ClientSession,
         clock: Callable[[], float],
+        search: Search,
     ) -> None:
+        self._search = search
         self._table = table
         self._local = local
         self._held = held
@@ -130,7 +133,7 @@ class Answers:
         """What the first candidate that does not fail says to `ask`."""
         local = {one.offer.cid: one for one in self._local()}
         failures: list[tuple[Choice, SwarmError]] = []
-        for choice in self._candidates(model, local):
+        for choice in await self._found(model, local):
             provider = self._provider(choice, local, via)
             if provider is None:
                 continue
@@ -139,7 +142,21 @@ class Answers:
             except (CallerError, PeerError, BackendError) as error:
                 _log.info("%s did not answer: %s", _who(choice), error)
                 failures.append((choice, error))
-        raise _nobody(model, failures)
+        raise _nobody(model, failures, via)
+
+    async def _found(self, model: str | None, local: Mapping[str, LocalModel]) -> list[Choice]:
+        """The candidates; looked for on the DHTs where none is known."""
+        try:
+            return self._candidates(model, local)
+        except (NotFound, Unserved):
+            await self._search(model, lambda: self._is_served(model, local))
+            return self._candidates(model, local)
+
+    def _is_served(self, model: str | None, local: Mapping[str, LocalModel]) -> bool:
+        try:
+            return bool(self._candidates(model, local))
+        except (NotFound, Unserved):
+            return False
 
     def _candidates(self, model: str | None, local: Mapping[str, LocalModel]) -> list[Choice]:
         """Whom to ask, best first; at least one. What this node only holds comes last, and is loaded when it is asked."""
@@ -227,7 +244,9 @@ def _who(choice: Choice) -> str:
     return "this node" if choice.local else choice.offer.node[:16]
 
 
-def _nobody(model: str | None, failures: Sequence[tuple[Choice, SwarmError]]) -> SwarmError:
+def _nobody(
+    model: str | None, failures: Sequence[tuple[Choice, SwarmError]], via: str
+) -> SwarmError:
     """The one error for all that was tried: the caller's fault if it was, else who failed and why."""
     for _, error in failures:
         if isinstance(error, CallerError) and not isinstance(error, NotFound):
@@ -235,7 +254,12 @@ def _nobody(model: str | None, failures: Sequence[tuple[Choice, SwarmError]]) ->
     if len(failures) == 1 and failures[0][0].local:
         return failures[0][1]
     reasons = "; ".join(_reason(choice, error) for choice, error in failures)
-    return Unserved(model or "question", reasons or "the nodes that serve it are not known any more", "try again, or serve it here")
+    if via not in (AUTO, NEVER):
+        hint = "name a relay of a node that serves it (swarmctl peers), or leave --via out"
+        nobody = "no other node that serves it is known"
+        return Unserved(model or "question", reasons or nobody, hint)
+    gone = "the nodes that serve it are not known any more"
+    return Unserved(model or "question", reasons or gone, "try again, or serve it here")
 
 
 def _reason(choice: Choice, error: SwarmError) -> str:

@@ -1,6 +1,7 @@
 """The HTTP form of gossip: `POST /swarm/1/announce {"envelopes": [text, ...]}`, answered in the same form.
 
-Each envelope is the signed text as its node wrote it, so it does not matter who passes it on. Pure but for `post`.
+Each envelope is the signed text as its node wrote it, so it does not matter who passes it on. In a closed swarm both bodies are
+sealed. Pure but for `post`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import aiohttp
 
 from daemon.errors import Unserved, VerificationError
-from daemon.peerapi.ways import CONNECT_S
+from daemon.membership import Membership
+from daemon.peerapi.ways import CONNECT_S, Way
 from registry import announcement as rules
 from registry import strictjson
 from registry.envelope import open_envelope
@@ -20,11 +22,13 @@ from registry.records import Announcement
 
 PATH = "/swarm/1/announce"
 BODY_LIMIT = 256 << 10  # bytes, both ways
+MEDIA_TYPE = "application/json"  # in the open swarm
+BROUGHT, GIVEN = "exchange brought", "exchange given"  # what is sealed: the body of the request, and of its answer
 _EXCHANGE_S = 5.0
 
 
-def body(envelopes: Iterable[bytes]) -> bytes:
-    """As many envelopes, in order, as `BODY_LIMIT` has room for."""
+def body(envelopes: Iterable[bytes], what: str, membership: Membership) -> bytes:
+    """As many envelopes, in order, as `BODY_LIMIT` has room for, sealed as `what`: `BROUGHT` or `GIVEN`."""
     chosen: list[str] = []
     room = BODY_LIMIT - len('{"envelopes":[]}')
     for envelope in envelopes:
@@ -33,11 +37,12 @@ def body(envelopes: Iterable[bytes]) -> bytes:
         if room < 0:
             break
         chosen.append(envelope.decode())
-    return strictjson.dumps({"envelopes": chosen})
+    return membership.seal(strictjson.dumps({"envelopes": chosen}), what)
 
 
-def parse(data: bytes) -> list[bytes]:
-    """The envelopes in a body, unchecked. Raises `Malformed`."""
+def parse(sealed: bytes, what: str, membership: Membership) -> list[bytes]:
+    """The envelopes in a body, unchecked. Raises `Malformed`, `NotVerified` when no member sealed it."""
+    data = membership.open(sealed, what, limit=BODY_LIMIT)
     fields = strictjson.loads(data, limit=BODY_LIMIT, what="the exchange")
     if not isinstance(fields, dict) or fields.keys() != {"envelopes"}:
         raise Malformed("the exchange must be an object with envelopes")
@@ -66,29 +71,34 @@ def speaker(envelope: bytes) -> Announcement:
     return said
 
 
-async def post(http: aiohttp.ClientSession, url: str, envelopes: Iterable[bytes]) -> list[bytes]:
-    """Give `envelopes` to the peer API at `url` and return what it gives. Raises `Unserved` or `VerificationError`."""
+async def post(
+    http: aiohttp.ClientSession, way: Way, envelopes: Iterable[bytes], membership: Membership
+) -> list[bytes]:
+    """Give `envelopes` to the peer API at `way` and return what it gives. Raises `Unserved` or `VerificationError`."""
     timeout = aiohttp.ClientTimeout(total=_EXCHANGE_S, sock_connect=CONNECT_S)
-    headers = {"Content-Type": "application/json"}
+    headers = {**way.headers, "Content-Type": membership.media_type(MEDIA_TYPE)}
+    said = body(envelopes, BROUGHT, membership)
     try:
-        async with http.post(url + PATH, data=body(envelopes), headers=headers, timeout=timeout, allow_redirects=False) as response:
+        async with http.post(
+            way.url + PATH, data=said, headers=headers, timeout=timeout, allow_redirects=False
+        ) as response:
             if response.status != 200:
                 raise Unserved("peer", f"its peer API answered {response.status}")
-            data = await _bounded(response)
+            data = await _bounded(response, BODY_LIMIT + membership.overhead)
     except (aiohttp.ClientError, ConnectionError) as error:
         raise Unserved("peer", "nothing answers there") from error
     except TimeoutError as error:
         raise Unserved("peer", f"nothing answered within {_EXCHANGE_S:.0f} s") from error
     try:
-        return parse(data)
-    except Malformed as error:
+        return parse(data, GIVEN, membership)
+    except (Malformed, NotVerified) as error:
         raise VerificationError("peer", str(error)) from error
 
 
-async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
     data = bytearray()
     async for piece in response.content.iter_any():
         data += piece
-        if len(data) > BODY_LIMIT:
+        if len(data) > limit:
             raise VerificationError("peer", "it sent more than an exchange may have")
     return bytes(data)

@@ -23,6 +23,7 @@ from daemon.gossip.pubsub import Pubsub
 from daemon.gossip.transport import Transport
 from daemon.ipfs.interface import IpfsNode
 from daemon.ledger import LedgerThread
+from daemon.membership import Membership
 from daemon.peerapi.limits import Limits
 from daemon.peerapi.server import Route
 from daemon.peerapi.ways import Ways
@@ -46,6 +47,7 @@ class Gossip:
         supervisor: Supervisor,
         ways: Ways,
         http: aiohttp.ClientSession,
+        membership: Membership,
         ipfs_within: Callable[[], Awaitable[IpfsNode | None]],
         heartbeat_s: float,
         join: Sequence[Address] = (),
@@ -55,10 +57,20 @@ class Gossip:
         self.pace = Pace(heartbeat_s, lambda: len(table.peers()))
         self.ear = Ear(table, greet=self.pace.answer, pass_on=self._pass_on)
         self.meeting = Meeting(
-            ways, http, self.ear, table, own_pages=self.own_pages, bridge=self._with_ipfs
+            ways,
+            http,
+            self.ear,
+            table,
+            membership,
+            own_pages=self.own_pages,
+            bridge=self._with_ipfs,
         )
         self.pubsub = Pubsub(
-            self.ear, supervisor, on_neighbour=self._on_neighbour, on_heard=self._on_heard
+            self.ear,
+            supervisor,
+            membership,
+            on_neighbour=self._on_neighbour,
+            on_heard=self._on_heard,
         )
         self.joiner = Joiner(
             pages.node,
@@ -67,6 +79,7 @@ class Gossip:
             table=table,
             ledger=ledger,
             supervisor=supervisor,
+            membership=membership,
             ipfs=ipfs_within,
             join=join,
         )
@@ -76,6 +89,7 @@ class Gossip:
             self.ear,
             table,
             supervisor,
+            membership,
             joined=self.joiner.peers,
             with_ipfs=self._with_ipfs,
             lifetime_s=lambda: self.pace.lifetime_s,

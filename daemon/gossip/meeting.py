@@ -11,7 +11,8 @@ from daemon.errors import Unserved, VerificationError
 from daemon.gossip import exchange
 from daemon.gossip.ear import Ear
 from daemon.gossip.peers import PeerTable
-from daemon.peerapi.ways import Way, Ways
+from daemon.membership import Membership
+from daemon.peerapi.ways import CONNECT_S, Way, Ways
 from registry.records import Address, Peer
 
 
@@ -24,6 +25,7 @@ class Meeting:
         http: aiohttp.ClientSession,
         ear: Ear,
         table: PeerTable,
+        membership: Membership,
         *,
         own_pages: Callable[[], Awaitable[Sequence[bytes]]],
         bridge: Callable[[], bool],
@@ -32,21 +34,22 @@ class Meeting:
         self._http = http
         self._ear = ear
         self._table = table
+        self._membership = membership
         self._own_pages = own_pages
         self._bridge = bridge
         self._random = random.Random()
 
-    async def meet(self, address: Address) -> Peer:
+    async def meet(self, address: Address, *, deadline_s: float = CONNECT_S) -> Peer:
         """The node at an address that a person gave, or that was met before.
 
         Raises `Unserved` with each way that failed, `VerificationError` when another node answers.
         """
-        async with self._ways.to_address(address) as way:
+        async with self._ways.to_address(address, deadline_s=deadline_s) as way:
             return await self.over(way, address.node)
 
     async def over(self, way: Way, node: str) -> Peer:
         """The node at the end of a way; `node` is the key that is expected there, empty when it is not known."""
-        envelopes = await exchange.post(self._http, way.url, await self._own_pages())
+        envelopes = await self._post(way, await self._own_pages())
         if not envelopes:
             raise Unserved("peer", "it says nothing about itself")
         said = exchange.speaker(envelopes[0])
@@ -64,7 +67,10 @@ class Meeting:
         others = self._table.envelopes() if self._bridge() else {}
         said = exchange.chosen(pages, others, shuffle=self._random)
         async with self._ways.to(peer) as way:
-            await self._ear.take_in(await exchange.post(self._http, way.url, said))
+            await self._ear.take_in(await self._post(way, said))
+
+    async def _post(self, way: Way, envelopes: Sequence[bytes]) -> list[bytes]:
+        return await exchange.post(self._http, way, envelopes, self._membership)
 
     def answer(self, own: Sequence[bytes], brought: Sequence[bytes]) -> list[bytes]:
         """What is given to somebody who brought `brought`: our pages, then those of the others, none that it has."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,7 +29,7 @@ class Card:
 
 
 class OwnPages:
-    """`card` says how this node is reached, `describe` gives its offers, `clock` unix seconds."""
+    """`card` says how this node is reached, `offers` gives its offers, `clock` unix seconds."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class OwnPages:
         ledger: LedgerThread,
         *,
         card: Callable[[], Card],
-        describe: Callable[[], Awaitable[Sequence[Offer]]],
+        offers: Callable[[], Sequence[Offer]],
         clock: Callable[[], float],
     ) -> None:
         self.node = key_name(key)
@@ -45,7 +45,7 @@ class OwnPages:
         self._key = key
         self._ledger = ledger
         self._card = card
-        self._describe = describe
+        self._offers = offers
         self._clock = clock
         self._sequence = 0
         self._pages: list[bytes] = []
@@ -77,7 +77,7 @@ class OwnPages:
     async def renew(self, lifetime_s: float) -> list[bytes]:
         """Our pages anew, good for `lifetime_s` seconds."""
         self._outdated = False
-        return await self._compose(await self._describe(), lifetime_s)
+        return await self._compose(self._offers(), lifetime_s)
 
     async def farewell(self) -> list[bytes]:
         """The page that says that we offer nothing any more."""

@@ -84,7 +84,9 @@ class PeerTable:
         if standing == "blocked":
             raise Refused("announcement", "the node is blocked here")
         self._make_room(said, standing, now)
-        peer = Peer(said.node, said.peer_id, said.address, said.sequence, said.expires, said.seal_keys)
+        peer = Peer(
+            said.node, said.peer_id, said.address, said.sequence, said.expires, said.seal_keys, said.relay
+        )
         self._peers[said.node] = peer
         pages = {
             number: page for number, page in self._pages.get(said.node, {}).items() if 0 <= number < said.pages and page.expires > now

@@ -1,4 +1,8 @@
-"""Pages over IPFS pubsub: the transport that reaches everybody who listens to the topic."""
+"""Pages over IPFS pubsub: the transport that reaches everybody who listens to the topic of our swarm.
+
+In a closed swarm each message is sealed. Its topic is no secret to the libp2p peers of a member, so that strangers may write there:
+what does not open is dropped without a word, and counts against the rate of whoever sent it.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,14 @@ from daemon.buckets import Buckets
 from daemon.errors import Unavailable
 from daemon.gossip.ear import REFUSALS, Ear
 from daemon.ipfs.interface import IpfsNode, PeerIdentity
-from daemon.peerapi.server import PROTOCOL
+from daemon.membership import Membership
 from daemon.supervise import Supervisor
+from registry.announcement import MAX_ENVELOPE
 from registry.records import Announcement
 
 _log = logging.getLogger(__name__)
 
-TOPIC = "/swarmctl/1/announce"
+_SEALED = "announcement"  # what is sealed
 _PASSED_ON = 64  # envelopes of nodes without IPFS that wait to be passed on
 
 
@@ -29,6 +34,7 @@ class Pubsub:
         self,
         ear: Ear,
         supervisor: Supervisor,
+        membership: Membership,
         *,
         on_neighbour: Callable[[], None],
         on_heard: Callable[[Announcement], None],
@@ -39,6 +45,7 @@ class Pubsub:
         self.neighbours: frozenset[str] = frozenset()  # peer ids that listen to the topic and are connected to us
         self._ear = ear
         self._supervisor = supervisor
+        self._membership = membership
         self._on_neighbour = on_neighbour
         self._on_heard = on_heard
         self._passed_on: deque[bytes] = deque(maxlen=_PASSED_ON)
@@ -85,20 +92,24 @@ class Pubsub:
         node = self.node
         if node is not None:
             for envelope in envelopes:
-                await node.publish(TOPIC, envelope)
+                sealed = self._membership.seal(envelope, _SEALED)
+                await node.publish(self._membership.topic, sealed)
 
     async def _take_streams(self, node: IpfsNode) -> None:
-        await node.listen(PROTOCOL, self.streams_port)
+        await node.listen(
+            self._membership.protocol, self.streams_port, report_peer_id=True
+        )
 
     async def _hear(self, node: IpfsNode) -> None:
         # Renewed with the subscription: a node that somebody else runs may have been restarted without a word.
         await self._take_streams(node)
         own = (await node.identity()).peer_id
-        async for message in node.subscribe(TOPIC):
+        async for message in node.subscribe(self._membership.topic):
             if message.sender == own or not self._senders.take(message.sender):
                 continue
             try:
-                said = await self._ear.receive(message.data)
+                envelope = self._membership.open(message.data, _SEALED, limit=MAX_ENVELOPE)
+                said = await self._ear.receive(envelope)
             except REFUSALS:
                 continue
             _log.debug("%s announced %d offers", said.node[:16], len(said.offers))
@@ -107,7 +118,7 @@ class Pubsub:
 
     async def _watch_neighbours(self, node: IpfsNode) -> None:
         while True:
-            now = frozenset(await node.topic_peers(TOPIC))
+            now = frozenset(await node.topic_peers(self._membership.topic))
             if now - self.neighbours:
                 self._on_neighbour()
             self.neighbours = now

@@ -14,7 +14,7 @@ import aiohttp
 
 from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Request
 from daemon.errors import Busy, InferenceError, PeerError, SwarmError, Unserved, VerificationError
-from daemon.peerapi.ways import AUTO, CONNECT_S, Ways
+from daemon.peerapi.ways import AUTO, CONNECT_S, Way, Ways
 from daemon.peerchat import wire
 from daemon.peerchat.seal import REQUEST_TYPE, RESPONSE_TYPE, ResponseOpener, seal_request
 from daemon.peerchat.server import PATH
@@ -133,12 +133,13 @@ class PeerProvider:
     ) -> tuple[aiohttp.ClientResponse, ResponseOpener]:
         """The response to the sealed question, over the first way that works; `stack` closes it."""
         self.relayed_by = None
+        stack.enter_context(self._ways.an_answer())
         sealed, opener = self._seal(question)
         way = await stack.enter_async_context(
             self._ways.to(self._peer, via=self._via, avoid=avoid, deadline_s=self._connect_s)
         )
         self.relayed_by = way.via
-        response = await self._post(way.url, sealed)
+        response = await self._post(way, sealed)
         stack.callback(response.close)
         return response, opener
 
@@ -148,12 +149,14 @@ class PeerProvider:
             raise Unserved("peer", "it announced no key for sealed chat that is still good")
         return seal_request(question, node=self._peer.node, key=max(keys, key=lambda key: key.expires))
 
-    async def _post(self, url: str, sealed: bytes) -> aiohttp.ClientResponse:
-        headers = {"Content-Type": REQUEST_TYPE, "Connection": "close"}
+    async def _post(self, way: Way, sealed: bytes) -> aiohttp.ClientResponse:
+        # Never "Connection: close": the far Kubo resets its libp2p stream once the peer API has closed, and over QUIC a reset
+        # throws away what is still on its way, the end of the answer. We are the ones to close.
+        headers = {**way.headers, "Content-Type": REQUEST_TYPE}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self._stall_s)
         body = io.BytesIO(sealed)
         try:
-            response = await self._http.post(url + PATH, data=body, headers=headers, timeout=timeout, allow_redirects=False)
+            response = await self._http.post(way.url + PATH, data=body, headers=headers, timeout=timeout, allow_redirects=False)
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
             raise Unserved("peer", "it cannot be reached") from error
         if response.status == 200 and response.content_type == RESPONSE_TYPE:

@@ -19,6 +19,7 @@ from functools import partial
 import aiohttp
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from daemon.config import Network
 from daemon.errors import SwarmError
 from daemon.peerapi.ways import NEVER, Ways
 from daemon.relaying.holding import Holding
@@ -57,7 +58,7 @@ class RelayHolder:
         self,
         key: Ed25519PrivateKey,
         *,
-        network: str,
+        network: Network,
         ways: Ways,
         http: aiohttp.ClientSession,
         supervisor: Supervisor,
@@ -70,7 +71,7 @@ class RelayHolder:
     ) -> None:
         self._key = key
         self._node = key_name(key)
-        self._network = network
+        self._network: Network = network
         self._ways = ways
         self._http = http
         self._supervisor = supervisor
@@ -192,7 +193,7 @@ class RelayHolder:
         return frozenset(sorted(self._codes())[:MAX_CODES])
 
 
-def _point(network: str, peer: Peer) -> str | None:
+def _point(network: Network, peer: Peer) -> str | None:
     """How a stranger reaches the peer API of `peer`: over HTTP, else over libp2p, never over another relay."""
     urls = [url for url in peer.address.http if ranges.allows_url(network, url)]
     multiaddrs = [one for one in peer.address.ipfs if ranges.allows_multiaddr(network, one)]

@@ -69,7 +69,8 @@ class Holding:
         """
         async with connected(
             self._http,
-            self._way.url + wire.HOLD_PATH,
+            self._way,
+            wire.HOLD_PATH,
             deadline_s=_ANSWER_S,
             limit=wire.NOTE_LIMIT,
             heartbeat_s=HEARTBEAT_S,
@@ -153,7 +154,8 @@ class Holding:
         try:
             async with connected(
                 self._http,
-                self._way.url + wire.TAKE_PATH + ticket,
+                self._way,
+                wire.TAKE_PATH + ticket,
                 deadline_s=_ANSWER_S,
                 limit=wire.MESSAGE_LIMIT,
                 close_s=FLUSH_S,

@@ -13,6 +13,8 @@ import aiohttp
 from aiohttp import WSMsgType, web
 
 from daemon.errors import Busy, Unserved
+from daemon.membership import Membership
+from daemon.peerapi.ways import Way
 from daemon.relaying import wire
 
 _log = logging.getLogger(__name__)
@@ -23,13 +25,13 @@ CLOSE_S = 1.0  # for the other end to answer that it has closed
 FLUSH_S = 30.0  # the same where it still has an answer to read
 
 
-def session() -> aiohttp.ClientSession:
+def session(membership: Membership) -> aiohttp.ClientSession:
     """What relays are spoken to with: its connections last, so they are not counted with those of short requests."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
-        middlewares=(_never_elsewhere,),
+        middlewares=(_never_elsewhere, membership.middleware),
     )
 
 
@@ -47,21 +49,23 @@ async def _never_elsewhere(
 @asynccontextmanager
 async def connected(
     http: aiohttp.ClientSession,
-    url: str,
+    way: Way,
+    path: str,
     *,
     deadline_s: float,
     limit: int,
     heartbeat_s: float | None = None,
     close_s: float = CLOSE_S,
 ) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
-    """A WebSocket to `url`, for messages of at most `limit` bytes; closed with the context.
+    """A WebSocket to `path` of the peer API at the end of `way`, for messages of at most `limit` bytes; closed with the context.
 
     Raises `Busy` when a ceiling of the other end refuses it, `Unserved` when it cannot be had.
     """
     try:
         async with asyncio.timeout(deadline_s):
             ws = await http.ws_connect(
-                url,
+                way.url + path,
+                headers=way.headers,
                 timeout=aiohttp.ClientWSTimeout(ws_close=close_s),
                 heartbeat=heartbeat_s,
                 autoping=heartbeat_s is not None,

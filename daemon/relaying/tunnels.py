@@ -39,10 +39,10 @@ class RelayTunnels:
         Each connection to it is a stream of its own. Raises `Unserved` when the relay does not carry for the node or the
         node does not come, `Busy` when the relay is at a ceiling.
         """
-        url = f"{relay.url}{wire.TO_PATH}{wire.hex_of(node)}?kind={kind}"
+        path = f"{wire.TO_PATH}{wire.hex_of(node)}?kind={kind}"
 
         def dial() -> AbstractAsyncContextManager[WebSocket]:
-            return connected(self._http, url, deadline_s=OPEN_S, limit=wire.MESSAGE_LIMIT)
+            return connected(self._http, relay, path, deadline_s=OPEN_S, limit=wire.MESSAGE_LIMIT)
 
         async with _tunnel(dial) as base:
             yield base

@@ -16,6 +16,7 @@ from daemon.answering.answers import Answers
 from daemon.answering.local import LocalModel
 from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Provider, Request, Usage
 from daemon.gossip.gossip import Gossip
+from daemon.gossip.moving import settle
 from daemon.gossip.pages import Card, OwnPages
 from daemon.gossip.peers import PeerTable, Standing
 from daemon.ipfs.interface import IpfsNode
@@ -23,6 +24,7 @@ from daemon.ipfs.kubo import KuboProcess
 from daemon.ipfs.node import KuboNode
 from daemon.ipfs.rpc import Rpc
 from daemon.ledger import LedgerThread
+from daemon.membership import Membership, OpenSwarm
 from daemon.peerapi.limits import Limits
 from daemon.peerapi.ping import Ping
 from daemon.peerapi.server import PeerApi, Route
@@ -93,6 +95,7 @@ class Node:
     seal_keys: SealKeys
     http: aiohttp.ClientSession
     ways: Ways
+    membership: Membership
     url: str
     held: list[Offer]
     served: dict[str, Provider]
@@ -125,6 +128,10 @@ class Node:
         return any(offer.node == other.key and offer.serving >= serving for offer in self.table.offers())
 
 
+async def nowhere(ref: str | None, found: Callable[[], bool]) -> None:
+    """A search that finds nobody: there is no DHT here."""
+
+
 async def until(condition: Callable[[], bool], within_s: float = 20.0) -> float:
     """Seconds until `condition()` held."""
     began = time.monotonic()
@@ -146,34 +153,39 @@ async def swarm_node(
     heartbeat_s: float = 60.0,
     standing: Callable[[str], Standing | None] = lambda key: None,
     limits: Limits | None = None,
+    membership: Membership | None = None,
     relays: bool = False,
     relay_limits: RelayLimits | None = None,
     hold: Sequence[Peer] | None = None,
 ) -> AsyncIterator[Node]:
-    """One node. `kubo` is the binary, None leaves IPFS off; without `direct` no URL of its peer API is announced.
+    """One node, of the open swarm unless `membership` is another, made for the same `key`.
 
+    `kubo` is the binary, None leaves IPFS off; without `direct` no URL of its peer API is announced.
     With `relays` it carries for others. `hold` are the nodes that it asks to carry for it, from the start; later ones are put
     in `hold`, if it is a list.
     """
     key = key or Ed25519PrivateKey.generate()
+    membership = membership or OpenSwarm()
     name = key_name(key)
     await asyncio.to_thread(home.mkdir, parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
         ledger = await LedgerThread.open(home / "ledger.db")
         stack.push_async_callback(ledger.close)
-        http = await stack.enter_async_context(aiohttp.ClientSession(trust_env=False, auto_decompress=False))
+        http = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                trust_env=False, auto_decompress=False, middlewares=(membership.middleware,)
+            )
+        )
         supervisor = Supervisor()
         stack.push_async_callback(supervisor.close)
         table = PeerTable(ledger, own=name, clock=clock, standing=standing)
+        await settle(ledger, membership)
         await table.open()
         seal_keys = SealKeys(name, clock)
         node: Node
 
         def local() -> list[LocalModel]:
             return [LocalModel(offer, node.served[offer.cid]) for offer in node.held if offer.cid in node.served]
-
-        async def describe() -> list[Offer]:
-            return node.held
 
         async def object_bytes(cid: str) -> bytes | None:
             return node.objects.get(cid)
@@ -194,8 +206,8 @@ async def swarm_node(
             peer_id = identity.peer_id if identity else None
             return Card(peer_id, address, seal_keys.public(), relay=relays)
 
-        ways = Ways(network="loopback", ipfs=ipfs, http=http)
-        pipe_http = await stack.enter_async_context(pipes.session())
+        ways = Ways(network="loopback", ipfs=ipfs_now, http=http, membership=membership)
+        pipe_http = await stack.enter_async_context(pipes.session(membership))
         relay = RelayService(
             name,
             enabled=lambda: relays,
@@ -218,29 +230,32 @@ async def swarm_node(
         ways.relays = RelayTunnels(pipe_http, relay)
         ways.lookup = table.peer
         gossip = Gossip(
-            OwnPages(key, ledger, card=card, describe=describe, clock=clock),
+            OwnPages(key, ledger, card=card, offers=lambda: node.held, clock=clock),
             table=table,
             ledger=ledger,
             supervisor=supervisor,
             ways=ways,
             http=http,
+            membership=membership,
             ipfs_within=ipfs_now,
             heartbeat_s=heartbeat_s,
             join=join,
             limits=limits,
         )
         chats = ChatServer(seal_keys, provider, limits=limits)
-        objects = ObjectServer(object_bytes, limits=limits)
-        parts = (Ping(name), gossip, chats, objects, relay)
+        objects = ObjectServer(object_bytes, membership, limits=limits)
+        parts = (Ping(name, membership), gossip, chats, objects, relay)
         routes: list[Route] = [route for part in parts for route in part.routes()]
         ports = await stack.enter_async_context(
-            PeerApi(routes, limits=limits).listening(["127.0.0.1"], 0)
+            PeerApi(routes, membership=membership, limits=limits).listening(["127.0.0.1"], 0)
         )
         stack.push_async_callback(relay.close)
         stack.push_async_callback(holder.close)
         url = f"http://127.0.0.1:{ports.direct}"
-        answers = Answers(table, local, lambda: node.held, ways=ways, http=http, clock=clock)
-        node = Node(name, gossip, table, answers, seal_keys, http, ways, url, [], {}, supervisor, relay, holder)
+        answers = Answers(table, local, lambda: node.held, ways=ways, http=http, clock=clock, search=nowhere)
+        node = Node(
+            name, gossip, table, answers, seal_keys, http, ways, membership, url, [], {}, supervisor, relay, holder
+        )
         await gossip.start(ports.streams)
         holder.start()
         stack.push_async_callback(gossip.close)

@@ -9,6 +9,7 @@ import socket
 import pytest
 
 from daemon.listening import listening
+from daemon.membership import OpenSwarm
 from daemon.peerapi.server import PeerApi
 
 
@@ -16,7 +17,7 @@ from daemon.peerapi.server import PeerApi
 async def test_who_connects_while_it_stops_is_closed(turns: int) -> None:
     """`turns` of the loop lie between the connection and the end: at one of them it is accepted and has no transport yet."""
     with socket.socket() as near:
-        async with PeerApi([]).listening(["127.0.0.1"], 0) as ports:
+        async with PeerApi([], membership=OpenSwarm()).listening(["127.0.0.1"], 0) as ports:
             near.connect(("127.0.0.1", ports.direct))
             for _ in range(turns):
                 await asyncio.sleep(0)

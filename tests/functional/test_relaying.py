@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon.engine.interface import ChatRequest, Delta
 from daemon.errors import InferenceError, PeerError, Unserved
+from daemon.membership import OpenSwarm
 from daemon.peerapi.server import PeerApi, source_of
 from daemon.peerapi.ways import NEVER
 from daemon.peerchat import server as chat_server
@@ -85,7 +86,7 @@ async def test_objects_come_through_a_relay(tmp_path: Path) -> None:
         server.objects[object_cid(manifest)] = manifest
         holder = asker.table.peer(server.key)
         assert holder is not None
-        objects = Objects(lambda: None, asker.ways, asker.http)
+        objects = Objects(lambda: None, asker.ways, asker.http, OpenSwarm())
         assert await objects.get(object_cid(manifest), [holder], limit=1 << 20) == manifest
 
 
@@ -220,12 +221,12 @@ async def test_r34_a_question_is_answered_once_however_often_it_is_replayed(tmp_
         relay, script, server, asker = await behind_a_liar(stack, tmp_path, None)
         answer = await asker.answers.open(CID, QUESTION)
         assert await text_of(answer.deltas) == "one two three four"
-        sent = b"".join(relay.seen)
-        body = sent[sent.index(REQUEST_TYPE.encode()) :].partition(b"\r\n\r\n")[2]
-        size = int(re.findall(rb"Content-Length: (\d+)", sent)[-1])
+        sent = next(bytes(asked) for asked in relay.asked if b"POST /swarm/1/chat" in asked)
+        head, _, rest = sent[sent.index(b"POST /swarm/1/chat") :].partition(b"\r\n\r\n")
+        size = int(re.findall(rb"Content-Length: (\d+)", head)[0])
         async with asker.http.post(
             f"{server.url}/swarm/1/chat",
-            data=io.BytesIO(body[:size]),
+            data=io.BytesIO(rest[:size]),
             headers={"Content-Type": REQUEST_TYPE},
         ) as response:
             assert (response.status, "sent before" in await response.text()) == (400, True)
@@ -485,7 +486,7 @@ async def test_r35_a_node_that_does_not_relay_refuses(tmp_path: Path) -> None:
         "ed25519:" + "07" * 32, enabled=lambda: willing[0], bulk=lambda: False, on_change=lambda: None
     )
     async with (
-        PeerApi(service.routes()).listening(["127.0.0.1"], 0) as ports,
+        PeerApi(service.routes(), membership=OpenSwarm()).listening(["127.0.0.1"], 0) as ports,
         aiohttp.ClientSession() as http,
         http.ws_connect(f"http://127.0.0.1:{ports.direct}{wire.HOLD_PATH}") as ws,
     ):

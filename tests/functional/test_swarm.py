@@ -33,9 +33,10 @@ from daemon.engine.interface import (
     ToolCallDelta,
 )
 from daemon.errors import Ambiguous, Busy, ContextOverflow, InferenceError, NotFound, Unavailable, Unserved, UsageError, VerificationError
+from daemon.membership import OpenSwarm
 from daemon.peerapi.limits import Limits
 from daemon.peerapi.ping import Ping
-from daemon.peerapi.server import PROTOCOL, PeerApi
+from daemon.peerapi.server import PeerApi
 from daemon.peerchat import wire
 from daemon.peerchat.provider import PeerProvider
 from daemon.peerchat.seal import REQUEST_TYPE
@@ -508,7 +509,7 @@ async def test_a_truncated_answer_is_not_an_answer(tmp_path: Path) -> None:
         a, b = await two(stack, tmp_path, None, Script())
         app = aiohttp.web.Application()
         app.router.add_post("/swarm/1/chat", cut)
-        app.router.add_route("GET", "/swarm/1/ping", Ping(a.key).routes()[0].handle)
+        app.router.add_route("GET", "/swarm/1/ping", Ping(a.key, OpenSwarm()).routes()[0].handle)
         runner = aiohttp.web.AppRunner(app)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
@@ -557,7 +558,7 @@ async def test_the_peer_api_gives_objects_and_nothing_else(tmp_path: Path) -> No
             async with a.http.get(a.url + path) as response:
                 body = await response.json()
                 assert (response.status, set(body["error"])) == (status, {"code", "message", "hint"}), path
-                assert response.headers["Server"] == "swarmctl"
+                assert "Server" not in response.headers
                 assert str(tmp_path) not in json.dumps(body)
 
 
@@ -624,7 +625,7 @@ async def test_a_body_that_never_ends_is_cut_off(tmp_path: Path) -> None:
 
 
 async def test_a_connection_that_says_nothing_is_closed() -> None:
-    async with PeerApi([], limits=Limits(header_s=0.2)).listening(["127.0.0.1"], 0) as ports:
+    async with PeerApi([], membership=OpenSwarm(), limits=Limits(header_s=0.2)).listening(["127.0.0.1"], 0) as ports:
         for port in (ports.direct, ports.streams):
             for begin in (b"", b"POST /swarm/1/announce HTTP/1.1\r\nHost: x\r\nX-Slow: "):
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -637,7 +638,9 @@ async def test_a_connection_that_says_nothing_is_closed() -> None:
 
 async def test_one_source_has_a_ceiling_of_connections() -> None:
     limits = Limits(connections_per_source=2)
-    async with PeerApi(Ping("ed25519:me").routes(), limits=limits).listening(["127.0.0.1"], 0) as ports:
+    membership = OpenSwarm()
+    api = PeerApi(Ping("ed25519:me", membership).routes(), membership=membership, limits=limits)
+    async with api.listening(["127.0.0.1"], 0) as ports:
 
         async def asks(line: bytes) -> asyncio.StreamReader:
             reader, writer = await asyncio.open_connection("127.0.0.1", ports.streams)
@@ -662,9 +665,9 @@ async def test_one_source_has_a_ceiling_of_connections() -> None:
 
 
 async def test_a_port_that_is_taken_is_an_error() -> None:
-    async with PeerApi([]).listening(["127.0.0.1"], 0) as ports:
+    async with PeerApi([], membership=OpenSwarm()).listening(["127.0.0.1"], 0) as ports:
         with pytest.raises(Unavailable, match=str(ports.direct)):
-            async with PeerApi([]).listening(["127.0.0.1"], ports.direct):
+            async with PeerApi([], membership=OpenSwarm()).listening(["127.0.0.1"], ports.direct):
                 pass
 
 
@@ -672,6 +675,6 @@ async def test_the_stream_protocol_reaches_the_peer_api_and_nothing_else(tmp_pat
     async with AsyncExitStack() as stack:
         a, b = await two(stack, tmp_path, kubo_binary, Script(), direct=False)
         assert b.ipfs is not None and a.ipfs is not None
-        async with b.ipfs.dial(PROTOCOL, (await a.ipfs.identity()).peer_id) as (host, port):
+        async with b.ipfs.dial(OpenSwarm.protocol, (await a.ipfs.identity()).peer_id) as (host, port):
             async with b.http.get(f"http://{host}:{port}/api/status", headers={"Connection": "close"}) as response:
                 assert response.status == 404

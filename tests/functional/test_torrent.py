@@ -19,7 +19,16 @@ import pytest
 
 from daemon.errors import NoSpace, Unavailable, Unserved, VerificationError
 from daemon.torrent import network
-from daemon.torrent.metainfo import BLOCK, MIN_PIECE, Metainfo, TorrentHasher, parse, piece_length
+from daemon.torrent.metainfo import (
+    BLOCK,
+    MAX_SMALL,
+    MIN_PIECE,
+    Metainfo,
+    TorrentHasher,
+    parse,
+    piece_length,
+    small_torrent,
+)
 from daemon.torrent.session import TorrentSession
 
 SIZE = 6 * MIN_PIECE + 4321
@@ -74,6 +83,16 @@ def test_the_info_dict_is_the_one_that_libtorrent_makes(tmp_path: Path, size: in
     theirs.set_creation_date(0)
     lt.set_piece_hashes(theirs, str(tmp_path))
     assert torrent_of(content(size), "a.gguf").torrent == lt.bencode(theirs.generate())
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, MAX_SMALL])
+def test_a_small_torrent_is_the_one_that_libtorrent_makes(tmp_path: Path, size: int) -> None:
+    (tmp_path / "cid.json").write_bytes(content(size))
+    files = [lt.create_file_entry("cid.json", size)]
+    theirs = lt.create_torrent(files, BLOCK, lt.create_torrent.no_attributes)
+    theirs.set_creation_date(0)
+    lt.set_piece_hashes(theirs, str(tmp_path))
+    assert small_torrent("cid.json", content(size)).torrent == lt.bencode(theirs.generate())
 
 
 def test_libtorrent_reads_the_same_facts() -> None:

@@ -27,7 +27,8 @@ from daemon.errors import (
     UsageError,
     VerificationError,
 )
-from daemon.gossip.exchange import BODY_LIMIT, body, parse
+from daemon.gossip.exchange import BODY_LIMIT, BROUGHT, body, parse
+from daemon.membership import OpenSwarm
 from daemon.peerchat import wire
 from daemon.peerchat.seal import FRAME_LIMIT
 from registry.cid import leaf_cid
@@ -186,15 +187,16 @@ def test_frames_of_unknown_form_are_refused(frame: bytes) -> None:
 @given(sizes=st.lists(st.integers(1, 8000), max_size=80))
 def test_an_exchange_never_exceeds_its_limit(sizes: list[int]) -> None:
     envelopes = [b'"' * (size // 2) + b"x" * (size - size // 2) for size in sizes]
-    data = body(envelopes)
+    data = body(envelopes, BROUGHT, OpenSwarm())
     assert len(data) <= BODY_LIMIT
-    assert parse(data) == envelopes[: len(parse(data))]
+    found = parse(data, BROUGHT, OpenSwarm())
+    assert found == envelopes[: len(found)]
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"envelopes":{}}', b'{"envelopes":[null]}', b'{"envelopes":[],"x":1}'])
 def test_exchanges_that_are_none(data: bytes) -> None:
     with pytest.raises(Malformed):
-        parse(data)
+        parse(data, BROUGHT, OpenSwarm())
 
 
 class Said:
@@ -292,7 +294,7 @@ async def test_this_node_is_asked_however_many_serve_the_model_better() -> None:
     local = LocalModel(replace(offers[0], free_slots=0, seeders=1), Here())  # type: ignore[arg-type]  # only answers matter
     nothing: Any = None
     table: Any = Gone(offers[1:])
-    answers = Answers(table, lambda: [local], lambda: [local.offer], ways=nothing, http=nothing, clock=lambda: 0.0)
+    answers = Answers(table, lambda: [local], lambda: [local.offer], ways=nothing, http=nothing, clock=lambda: 0.0, search=nothing)
     for model in ("tiny", None):
         answer = await answers.open(model, CHAT)
         assert answer.answered_by == nodes[0]
