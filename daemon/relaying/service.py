@@ -91,6 +91,7 @@ class RelayService:
         self._calls: dict[str, _Call] = {}  # by ticket, until they are taken
         self._carried = 0
         self._closing = False
+        self._letting_go: set[asyncio.Task[None]] = set()
         self._held_places = Places("relay", limits.held, limits.held_per_source)
         self._askers = Places("relayed stream", limits.streams, limits.streams_per_asker)
         self._holders = Places("relayed stream", limits.streams, limits.streams_per_holder)
@@ -120,15 +121,19 @@ class RelayService:
         """The codes that each held node asks to be announced under this node's address."""
         return {node: hold.request.codes for node, hold in self._holds.items()}
 
-    async def refresh(self) -> None:
+    def refresh(self) -> None:
         """`enabled` may say something else now: whoever is held is let go when this node relays no more."""
-        if not self._enabled():
-            await self._let_go(wire.NO_RELAY, "this node relays no more")
+        if self._holds and not self._enabled():
+            letting_go = self._let_go(wire.NO_RELAY, "this node relays no more")
+            task = asyncio.create_task(letting_go, name="let holders go")
+            self._letting_go.add(task)
+            task.add_done_callback(self._letting_go.discard)
 
     async def close(self) -> None:
         """Let everybody go. Idempotent; takes about a second at most."""
         self._closing = True
         await self._let_go(wire.GOING_AWAY, "this node stops")
+        await asyncio.gather(*self._letting_go)
 
     @asynccontextmanager
     async def call(
@@ -260,6 +265,8 @@ class RelayService:
         self, envelope: bytes, source: str, secret: str, before: HoldRequest | None
     ) -> HoldRequest:
         """The request in `envelope`. Raises `_Ended` when it does not hold."""
+        if not self._enabled():
+            raise _Ended(wire.NO_RELAY, "this node relays no more")
         if not self._requests.take(source):
             raise _Ended(wire.TOO_MANY, "requests come too fast")
         try:
