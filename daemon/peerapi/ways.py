@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import aiohttp
 
 from daemon.config import Network
-from daemon.errors import SwarmError, Unserved, VerificationError
+from daemon.errors import SwarmError, Unreachable, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.membership import ASKED, Membership
 from daemon.peerapi.ping import ping
@@ -116,7 +116,7 @@ class Ways:
     ) -> AsyncIterator[Way]:
         """The first way to a peer's peer API that works; it stays open while the context lasts.
 
-        Raises `Unserved` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
+        Raises `Unreachable` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
         """
         candidates = self._candidates(peer, via)
         if not candidates and via not in (AUTO, NEVER):
@@ -211,9 +211,12 @@ class Ways:
         self, candidates: Sequence[_Candidate], node: str, deadline_s: float
     ) -> tuple[AsyncExitStack, Way]:
         if not candidates:
-            raise Unserved("peer", "there is no way to it", "check that it runs, and its address")
+            raise Unreachable("peer", "there is no way to it", "check that it runs, and its address")
         race = _Race(len(candidates))
-        return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+        try:
+            return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+        except Unserved as error:
+            raise Unreachable(error.what, error.why, error.hint) from error
 
     async def _attempt(
         self, candidate: _Candidate, node: str, deadline_s: float, race: _Race
