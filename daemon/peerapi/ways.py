@@ -174,7 +174,8 @@ class Ways:
         carriers = [self._carrier(relay_address(point)) for point in peer.address.relays]
         if via != AUTO:
             # A relay that somebody names may carry for the peer although the peer does not say so.
-            carriers = [one for one in carriers if one.node == via] or [self._carrier(Address(via))]
+            named = [one for one in carriers if one.node == via]
+            carriers = named or [one for one in (self.lookup(via),) if one is not None]
         return [_Candidate(self._over(relays, one, peer.node), delay) for one in carriers]
 
     def _carrier(self, point: Address) -> Peer:
