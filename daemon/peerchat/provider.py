@@ -132,8 +132,8 @@ class PeerProvider:
         self, stack: AsyncExitStack, question: bytes, avoid: Collection[str]
     ) -> tuple[aiohttp.ClientResponse, ResponseOpener]:
         """The response to the sealed question, over the first way that works; `stack` closes it."""
-        self.relayed_by = None
         stack.enter_context(self._ways.an_answer())
+        self.relayed_by = None
         sealed, opener = self._seal(question)
         way = await stack.enter_async_context(
             self._ways.to(self._peer, via=self._via, avoid=avoid, deadline_s=self._connect_s)
