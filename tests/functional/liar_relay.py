@@ -1,4 +1,6 @@
-"""A relay that lies: it speaks the protocol, carries questions as they are, and does with answers what a test wants."""
+"""A relay that lies: it speaks the protocol, carries questions as they are, and does with answers
+what a test wants.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,17 @@ from daemon.relaying import wire
 from registry.envelope import key_name
 from registry.records import Address, Peer
 
-# What becomes of the chunks of a chat's answer, each one sealed frame or two, without the last empty one.
+# What becomes of the chunks of a chat's answer, each one sealed frame or two, without the last
+# empty one.
 Lie = Callable[[list[bytes]], Sequence[bytes]]
 _SECRET = "0" * 32
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
 class LiarRelay:
-    """Holds one node and takes its word for who it is. `lie` None passes everything on; `asked` is what came of each asker."""
+    """Holds one node and takes its word for who it is. `lie` None passes everything on; `asked` is
+    what came of each asker.
+    """
 
     def __init__(self, lie: Lie | None = None) -> None:
         self.key = key_name(Ed25519PrivateKey.generate())

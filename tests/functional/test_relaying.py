@@ -1,4 +1,6 @@
-"""A relay that is blind: real nodes and real sockets; only the model is a script, and the relays of some tests are liars."""
+"""A relay that is blind: real nodes and real sockets; only the model is a script, and the relays of
+some tests are liars.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,9 @@ QUESTION = ChatRequest(({"role": "user", "content": "a very private prompt"},))
 async def three(
     stack: AsyncExitStack, folder: Path, script: Script, *, limits: RelayLimits | None = None
 ) -> tuple[Node, Node, Node]:
-    """A relay, a server that nobody can dial and that it carries for, and an asker that has joined the relay alone."""
+    """A relay, a server that nobody can dial and that it carries for, and an asker that has joined
+    the relay alone.
+    """
     relay = await stack.enter_async_context(
         swarm_node(folder / "relay", relays=True, relay_limits=limits)
     )
@@ -91,7 +96,8 @@ async def test_objects_come_through_a_relay(tmp_path: Path) -> None:
 
 
 async def test_announcements_reach_it_through_its_relay(tmp_path: Path) -> None:
-    """The asker joins by an address that has nothing but the relay, and then tells what it holds."""
+    """The asker joins by an address that has nothing but the relay, and then tells what it holds.
+    """
     async with AsyncExitStack() as stack:
         relay, server, _ = await three(stack, tmp_path, Script())
         newcomer = await stack.enter_async_context(swarm_node(tmp_path / "newcomer"))
@@ -112,13 +118,15 @@ async def test_the_relay_learns_the_codes_and_forgets_them(tmp_path: Path) -> No
         await until(lambda: relay.relay.codes() == {})
 
 
-# -- R34: relays that lie -----------------------------------------------------------------------------------------------
+# -- R34: relays that lie --------------------------------------------------------------------------
 
 
 async def behind_a_liar(
     stack: AsyncExitStack, folder: Path, lie: Lie | None
 ) -> tuple[LiarRelay, Script, Node, Node]:
-    """A liar, what answers, the server that the liar carries for, and an asker that knows it through the liar alone."""
+    """A liar, what answers, the server that the liar carries for, and an asker that knows it
+    through the liar alone.
+    """
     relay = await stack.enter_async_context(liar())
     server = await stack.enter_async_context(
         swarm_node(folder / "server", direct=False, hold=[relay.peer])
@@ -190,7 +198,7 @@ async def test_r34_a_relay_that_drops_everything_is_given_up(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("lie", ["truncates", "swaps the key", "drops everything"])
 async def test_r34_an_honest_relay_is_tried_after_a_liar(tmp_path: Path, lie: str) -> None:
-    """As long as nothing has been said. The liar is nearer: it has its turn as often as not, and here until it has lied."""
+    """As long as nothing has been said. Questions are asked until the liar had its turn."""
     lied: list[str] = []
 
     def change(chunks: list[bytes]) -> Sequence[bytes]:
@@ -255,7 +263,7 @@ async def test_what_passes_a_relay_has_neither_prompt_nor_answer(
         assert secret not in whole[whole.index(b"POST /swarm/1/chat") :]
 
 
-# -- F17 and failover -----------------------------------------------------------------------------------------------------
+# -- F17 and failover ------------------------------------------------------------------------------
 
 
 async def test_f17_when_a_relay_dies_the_answer_breaks_and_the_next_takes_another(
@@ -285,7 +293,8 @@ async def test_f17_when_a_relay_dies_the_answer_breaks_and_the_next_takes_anothe
             await anext(answer.deltas)
         async with asyncio.timeout(10):
             await script.closed.wait()
-        # The server takes the next relay at once; the question goes another way, sealed anew, or it would be refused.
+        # The server takes the next relay at once; the question goes another way, sealed anew, or it
+        # would be refused.
         await until(lambda: set(server.holder.held) == {other.key for other in others})
         again = Script()
         server.serves(again)
@@ -345,7 +354,9 @@ async def test_the_server_sees_the_relay_and_not_the_asker(
 
 
 async def test_a_way_that_is_cancelled_anywhere_leaves_nothing_behind(tmp_path: Path) -> None:
-    """After so many turns of the loop: between the first connection and the answered ping, and once it is open."""
+    """After so many turns of the loop: between the first connection and the answered ping, and once
+    it is open.
+    """
     async with AsyncExitStack() as stack:
         # Nobody has joined anybody, so that no gossip passes the relay.
         relay = await stack.enter_async_context(swarm_node(tmp_path / "relay", relays=True))
@@ -373,27 +384,32 @@ async def test_a_way_that_is_cancelled_anywhere_leaves_nothing_behind(tmp_path: 
             with pytest.raises(asyncio.CancelledError):
                 await task
             await until(lambda: relay.relay.streams == 0)
-            # Those of the server's own connections end with them.
-            await until(lambda before=tasks: not _tunnels(asyncio.all_tasks() - before))  # type: ignore[misc]  # bound now
+            await until(partial(_all_ended, tasks))
             turns += 1
         assert turns > 10
         # A socket that nobody closed is a warning here, and so an error.
         gc.collect()
 
 
+def _all_ended(before: set[asyncio.Task[object]]) -> bool:
+    return not _tunnels(asyncio.all_tasks() - before)
+
+
 def _tunnels(tasks: set[asyncio.Task[object]]) -> list[str]:
     """Tasks of daemon/relaying among `tasks`."""
     names = (getattr(task.get_coro(), "__qualname__", "") for task in tasks)
-    return [name for name in names if name.startswith(("_Carrier", "pipe", "_from_socket", "_to_socket", "Stream"))]
+    ours = ("_Carrier", "pipe", "_from_socket", "_to_socket", "Stream")
+    return [name for name in names if name.startswith(ours)]
 
 
-# -- R35, R46: a relay is for those that asked it to be theirs ----------------------------------------------------------------
+# -- R35, R46: a relay is for those that asked it to be theirs -------------------------------------
 
 
 @asynccontextmanager
 async def a_relay(folder: Path, **limits: Any) -> AsyncIterator[Node]:
     generous = {"rate": 1e9, "burst": 1e9}
-    async with swarm_node(folder, relays=True, relay_limits=RelayLimits(**{**generous, **limits})) as node:
+    relay_limits = RelayLimits(**{**generous, **limits})
+    async with swarm_node(folder, relays=True, relay_limits=relay_limits) as node:
         yield node
 
 
@@ -470,7 +486,8 @@ async def test_r35_r46_a_relay_goes_to_nobody_who_did_not_ask_it_to(
             assert await refused(asks(relay, relay.key)) == 404
             for target in ("127.0.0.1:80", "http:%2F%2F127.0.0.1:80", "0" * 63, "g" * 64):
                 assert await refused(asks(relay, target)) == 404
-            assert await refused(relay.http.ws_connect(relay.url + wire.TAKE_PATH + "0" * 32)) == 404
+            nothing = relay.http.ws_connect(relay.url + wire.TAKE_PATH + "0" * 32)
+            assert await refused(nothing) == 404
         assert set(went) == {int(relay.url.rpartition(":")[2])}
 
 
@@ -483,7 +500,10 @@ async def test_r35_a_node_that_does_not_relay_refuses(tmp_path: Path) -> None:
         # One that has had enough of it lets everybody go.
     willing = [True]
     service = RelayService(
-        "ed25519:" + "07" * 32, enabled=lambda: willing[0], bulk=lambda: False, on_change=lambda: None
+        "ed25519:" + "07" * 32,
+        enabled=lambda: willing[0],
+        bulk=lambda: False,
+        on_change=lambda: None,
     )
     async with (
         PeerApi(service.routes(), membership=OpenSwarm()).listening(["127.0.0.1"], 0) as ports,
@@ -659,11 +679,13 @@ async def test_a_holder_that_is_gone_without_a_word_is_noticed(tmp_path: Path) -
         await until(lambda: relay.relay.held == ())
 
 
-# -- over libp2p ------------------------------------------------------------------------------------------------------------
+# -- over libp2p -----------------------------------------------------------------------------------
 
 
 async def test_server_and_relay_meet_over_libp2p_alone(tmp_path: Path, kubo_binary: Path) -> None:
-    """The asker has no IPFS and reaches the relay by its URL; the server reaches it over libp2p streams."""
+    """The asker has no IPFS and reaches the relay by its URL; the server reaches it over libp2p
+    streams.
+    """
     async with AsyncExitStack() as stack:
         relay = await stack.enter_async_context(
             swarm_node(tmp_path / "relay", kubo=kubo_binary, relays=True)
