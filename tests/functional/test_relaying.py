@@ -24,15 +24,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from daemon.engine.interface import ChatRequest, Delta
 from daemon.errors import InferenceError, PeerError, Unserved
 from daemon.membership import OpenSwarm
-from daemon.peerapi.server import PeerApi, source_of
-from daemon.peerapi.ways import NEVER
+from daemon.peerapi.server import PeerApi, Route, source_of
+from daemon.peerapi.ways import NEVER, Way
 from daemon.peerchat import server as chat_server
 from daemon.peerchat import wire as wire_of_chats
 from daemon.peerchat.provider import PeerProvider
 from daemon.peerchat.seal import REQUEST_TYPE, RESPONSE_TYPE, ResponseSealer
-from daemon.relaying import wire
+from daemon.relaying import pipes, wire
 from daemon.relaying.limits import RelayLimits
 from daemon.relaying.service import RelayService
+from daemon.relaying.tunnels import RelayTunnels
 from daemon.transfer.objects import Objects, object_cid
 from registry.cid import leaf_cid
 from registry.codes import code_of_cid, short
@@ -677,6 +678,50 @@ async def test_a_holder_that_is_gone_without_a_word_is_noticed(tmp_path: Path) -
         await holder.hold()
         assert relay.relay.held == (holder.node,) and port
         await until(lambda: relay.relay.held == ())
+
+
+async def test_candidates_that_do_not_relay_are_passed_over(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        unwilling = await stack.enter_async_context(swarm_node(tmp_path / "unwilling"))
+        nowhere = Peer(unwilling.key, None, Address(unwilling.key), 0, 0)
+        key = "ed25519:" + "07" * 32
+        gone = Peer(key, None, Address(key, http=("http://127.0.0.1:9",)), 0, 0)
+        async with swarm_node(
+            tmp_path / "server", direct=False, hold=[nowhere, gone, unwilling.peer()]
+        ) as server:
+            willing = await stack.enter_async_context(
+                swarm_node(tmp_path / "willing", relays=True)
+            )
+            assert server.holder.held == () and server.holder.points() == ()
+        hold = [nowhere, gone, unwilling.peer(), willing.peer()]
+        async with swarm_node(tmp_path / "server", direct=False, hold=hold) as server:
+            await until(lambda: server.holder.held == (willing.key,))
+            assert server.holder.points() == (f"{wire.hex_of(willing.key)}@{willing.url}",)
+            await server.holder.close()
+            await server.holder.close()
+            assert server.holder.held == ()
+            await until(lambda: willing.relay.held == ())
+
+
+async def test_a_relay_that_redirects_sends_nobody_anywhere() -> None:
+    node = "ed25519:" + "07" * 32
+    came: list[str] = []
+
+    async def elsewhere(request: web.Request) -> web.StreamResponse:
+        came.append(request.path)
+        raise web.HTTPFound("/inwards")
+
+    routes = [
+        Route("GET", wire.TO_PATH + "{node}", elsewhere),
+        Route("GET", "/inwards", elsewhere),
+    ]
+    api = PeerApi(routes, membership=OpenSwarm())
+    async with api.listening(["127.0.0.1"], 0) as ports, pipes.session(OpenSwarm()) as http:
+        way = Way(f"http://127.0.0.1:{ports.direct}")
+        with pytest.raises(Unserved):
+            async with RelayTunnels(http).through(way, node):
+                pass
+    assert came == [wire.TO_PATH + wire.hex_of(node)]
 
 
 # -- over libp2p -----------------------------------------------------------------------------------
