@@ -52,7 +52,7 @@ class Swarm:
     host: str = "127.0.0.1"  # address of the door for other nodes; announced as a direct URL when others can reach it
     port: int = 0
     join: tuple[str, ...] = ()  # addresses of nodes to know from the start, separated by spaces
-    heartbeat: int = 60  # seconds between announcements when nothing changes
+    heartbeat: int = 12  # seconds between announcements when nothing changes
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,6 +231,7 @@ class _Daemon:
         offering = Offering(self._node, has.library, serving, upstreams, has.torrents)
         peers = PeerTable(has.ledger, own=self._node, clock=time.time, standing=has.trust.standing)
         await peers.open()
+        stack.push_async_callback(peers.close)
         ways = Ways(network=config.network, ipfs=self._ipfs, http=http)
         answers = Answers(peers, offering.askable, offering.offers, ways=ways, http=http, clock=time.time)
         supervisor = Supervisor(close_s=_STOP_S)

@@ -9,10 +9,16 @@ from registry.errors import Malformed
 
 MAX_DEPTH = 64  # a JSON schema takes two for each of its own levels
 
+# Made once: json.dumps makes a new one for each call with settings of its own.
+_SORTED, _AS_IT_IS = (
+    json.JSONEncoder(sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    for sort_keys in (True, False)
+)
+
 
 def dumps(value: Any, *, sort_keys: bool = True) -> bytes:
     """Compact UTF-8, with sorted keys so that equal values are equal bytes; not sorted where the order says something (schemas)."""
-    return json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return (_SORTED if sort_keys else _AS_IT_IS).encode(value).encode()
 
 
 def loads(data: bytes, *, limit: int, what: str) -> Any:

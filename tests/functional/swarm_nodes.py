@@ -127,7 +127,7 @@ async def swarm_node(
     join: tuple[Address, ...] = (),
     key: Ed25519PrivateKey | None = None,
     clock: Callable[[], float] = time.time,
-    heartbeat_s: float = 60.0,
+    heartbeat_s: float = 12.0,
     standing: Callable[[str], Standing | None] = lambda key: None,
     limits: Limits | None = None,
 ) -> AsyncIterator[Node]:
@@ -143,6 +143,7 @@ async def swarm_node(
         stack.push_async_callback(supervisor.close)
         table = PeerTable(ledger, own=name, clock=clock, standing=standing)
         await table.open()
+        stack.push_async_callback(table.close)
         seal_keys = SealKeys(name, clock)
         node: Node
 
