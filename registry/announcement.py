@@ -30,6 +30,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from sys import intern
 from typing import Any
 
 from registry import endpoints, strictjson
@@ -250,22 +251,29 @@ def _revisions(fields: dict[str, Any], sequence: int) -> tuple[int, ...]:
 
 
 def _offer(node: str, fields: dict[str, Any]) -> Offer:
-    numbers = {"free_slots": 0, "context_length": 0, "seeders": 0, "peers": 0, **fields}
+    # Thousands of offers name the same models: each of these texts is kept once.
+    manifest = None if fields.get("manifest") is None else intern(canonical_cid(fields, "manifest"))
+    infohash = None if fields.get("infohash") is None else intern(hex40(fields, "infohash"))
+    infohash_v2 = None if fields.get("infohash_v2") is None else intern(hex64(fields, "infohash_v2"))
     return Offer(
-        node=node,
-        cid=canonical_cid(fields, "cid"),
-        infohash=None if fields.get("infohash") is None else hex40(fields, "infohash"),
-        infohash_v2=None if fields.get("infohash_v2") is None else hex64(fields, "infohash_v2"),
-        manifest=None if fields.get("manifest") is None else canonical_cid(fields, "manifest"),
-        name=display_name(text(fields, "name")),
-        size=whole(fields, "size", 1, MAX_SIZE),
-        serving=_flag(fields, "serving"),
-        free_slots=whole(numbers, "free_slots", 0, MAX_SLOTS),
-        context_length=whole(numbers, "context_length", 0, MAX_CONTEXT),
-        seeders=whole(numbers, "seeders", 0, MAX_COUNT),
-        peers=whole(numbers, "peers", 0, MAX_COUNT),
-        tokens_per_second=_speed(fields.get("tokens_per_second", 0.0)),
+        node,
+        intern(canonical_cid(fields, "cid")),
+        infohash,
+        infohash_v2,
+        manifest,
+        display_name(text(fields, "name")),
+        whole(fields, "size", 1, MAX_SIZE),
+        _flag(fields, "serving"),
+        _count(fields, "free_slots", MAX_SLOTS),
+        _count(fields, "context_length", MAX_CONTEXT),
+        _count(fields, "seeders", MAX_COUNT),
+        _count(fields, "peers", MAX_COUNT),
+        _speed(fields.get("tokens_per_second", 0.0)),
     )
+
+
+def _count(fields: dict[str, Any], name: str, most: int) -> int:
+    return whole(fields, name, 0, most) if name in fields else 0
 
 
 def _address(node: str, peer_id: str | None, fields: Any) -> Address:
