@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import aiohttp
 
 from daemon.config import Network
-from daemon.errors import SwarmError, Unserved, VerificationError
+from daemon.errors import SwarmError, Unreachable, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.membership import ASKED, Membership
 from daemon.peerapi.ping import ping
@@ -116,7 +116,7 @@ class Ways:
     ) -> AsyncIterator[Way]:
         """The first way to a peer's peer API that works; it stays open while the context lasts.
 
-        Raises `Unserved` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
+        Raises `Unreachable` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
         """
         candidates = self._candidates(peer, via)
         if not candidates and via not in (AUTO, NEVER):
@@ -174,7 +174,8 @@ class Ways:
         carriers = [self._carrier(relay_address(point)) for point in peer.address.relays]
         if via != AUTO:
             # A relay that somebody names may carry for the peer although the peer does not say so.
-            carriers = [one for one in carriers if one.node == via] or [self._carrier(Address(via))]
+            named = [one for one in carriers if one.node == via]
+            carriers = named or [one for one in (self.lookup(via),) if one is not None]
         return [_Candidate(self._over(relays, one, peer.node), delay) for one in carriers]
 
     def _carrier(self, point: Address) -> Peer:
@@ -211,9 +212,12 @@ class Ways:
         self, candidates: Sequence[_Candidate], node: str, deadline_s: float
     ) -> tuple[AsyncExitStack, Way]:
         if not candidates:
-            raise Unserved("peer", "there is no way to it", "check that it runs, and its address")
+            raise Unreachable("peer", "there is no way to it", "check that it runs, and its address")
         race = _Race(len(candidates))
-        return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+        try:
+            return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+        except Unserved as error:
+            raise Unreachable(error.what, error.why, error.hint) from error
 
     async def _attempt(
         self, candidate: _Candidate, node: str, deadline_s: float, race: _Race
