@@ -42,18 +42,26 @@ class Meeting:
         self._random = random.Random()
 
     async def meet(
-        self, address: Address, *, joined: bool = False, deadline_s: float = CONNECT_S
+        self,
+        address: Address,
+        *,
+        joined: bool = False,
+        codes: Sequence[str] = (),
+        deadline_s: float = CONNECT_S,
     ) -> Peer:
         """The node at an address that a person gave, or that was met before; one that was `joined` finds a place for ever.
 
+        It is asked first of all for who offers a model with one of the short `codes`, at most `exchange.MAX_CODES`.
         Raises `Unserved` with each way that failed, `VerificationError` when another node answers.
         """
         async with self._ways.to_address(address, deadline_s=deadline_s) as way:
-            return await self.over(way, address.node, joined=joined)
+            return await self.over(way, address.node, joined=joined, codes=codes)
 
-    async def over(self, way: Way, node: str, *, joined: bool = False) -> Peer:
+    async def over(
+        self, way: Way, node: str, *, joined: bool = False, codes: Sequence[str] = ()
+    ) -> Peer:
         """The node at the end of a way; `node` is the key that is expected there, empty when it is not known."""
-        answer = await self._post(way, self._asking(await self._own_news(0, ())))
+        answer = await self._post(way, self._asking(await self._own_news(0, ()), codes))
         if not answer.envelopes:
             raise Unserved("peer", "it says nothing about itself")
         said = exchange.speaker(answer.envelopes[0])
@@ -90,8 +98,8 @@ class Meeting:
     async def _post(self, way: Way, words: Words) -> Words:
         return await exchange.post(self._http, way, words, self._membership)
 
-    def _asking(self, words: Sequence[bytes]) -> Words:
-        return Words(words, self._table.have(), self._table.want(exchange.MAX_WANT))
+    def _asking(self, words: Sequence[bytes], codes: Sequence[str] = ()) -> Words:
+        return Words(words, self._table.have(), self._table.want(exchange.MAX_WANT), codes)
 
     async def _give(self, way: Way, answer: Words) -> None:
         """What the other lacks after it has answered, if anything."""
@@ -106,4 +114,6 @@ class Meeting:
         own: list[bytes] = []
         if own_too:
             own = await self._own_news(have.get(self._own_id, 0), words.want.get(self._own_id, ()))
-        return exchange.chosen(own, self._table.news(have, words.want), shuffle=self._random)
+        others = self._table.news(have, words.want)
+        sought = self._table.pages_with(words.codes)
+        return exchange.chosen(own, others, sought=sought, shuffle=self._random)

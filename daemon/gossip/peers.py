@@ -121,9 +121,12 @@ class PeerTable:
             self._floor = now * 1000
         await self._ledger.call(Ledger.set_meta, _OPEN, "1")
         await self._ledger.call(Ledger.forget_peers, now - REMEMBER_S)
-        for peer in (await self._ledger.call(Ledger.peers))[: self._limit]:
+        stored_peers = await self._ledger.call(Ledger.peers)
+        stored_peers.sort(key=lambda peer: (self._stays(peer.node), peer.expires), reverse=True)
+        for peer in stored_peers[: self._limit]:
             self._entries[peer.node] = _Entry(peer, None, 0.0)
             self._known[peer.node] = peer
+        self._gone |= {peer.node for peer in stored_peers[self._limit :]}
         for stored in await self._ledger.call(Ledger.pages):
             self._remember(stored, now)
         for node in self._entries:
@@ -236,6 +239,11 @@ class PeerTable:
         now = self._clock()
         return [peer for peer in self._known.values() if peer.expires > now]
 
+    def heard(self, node: str) -> float | None:
+        """When the last new word of a node came (unix seconds); None when none has since the start."""
+        entry = self._entries.get(node)
+        return None if entry is None or entry.head is None else entry.heard
+
     def alive(self, node: str) -> bool:
         """Whether the announcement of a node has not expired."""
         peer = self._known.get(node)
@@ -310,6 +318,14 @@ class PeerTable:
                     words.append(page.envelope)
             if words:
                 found[node] = list(dict.fromkeys(words))
+        return found
+
+    def pages_with(self, codes: Iterable[str]) -> set[bytes]:
+        """The signed pages with an offer of a model that has one of these codes, in full or their first characters."""
+        found: set[bytes] = set()
+        for code in codes:
+            for node, number in self._catalogue.pages_with(code):
+                found.add(self._entries[node].pages[number].envelope)
         return found
 
     def envelopes(self) -> dict[str, list[bytes]]:
