@@ -12,7 +12,16 @@ afterwards is sealed or signed, so that a lie leads nowhere.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -112,13 +121,20 @@ class Ways:
 
     @asynccontextmanager
     async def to(
-        self, peer: Peer, *, via: str = AUTO, deadline_s: float = CONNECT_S
+        self,
+        peer: Peer,
+        *,
+        via: str = AUTO,
+        avoid: Collection[str] = (),
+        deadline_s: float = CONNECT_S,
     ) -> AsyncIterator[Way]:
         """The first way to a peer's peer API that works; it stays open while the context lasts.
 
+        Relays in `avoid` are not used: one may carry a ping and drop what follows.
+
         Raises `Unreachable` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
         """
-        candidates = self._candidates(peer, via)
+        candidates = self._candidates(peer, via, avoid)
         if not candidates and via not in (AUTO, NEVER):
             raise Unserved("peer", f"node {via.removeprefix('ed25519:')[:8]} does not carry for it")
         stack, way = await self._first(candidates, peer.node, deadline_s)
@@ -146,7 +162,12 @@ class Ways:
     # -- which ways there are ---------------------------------------------------------------------------------------
 
     def _candidates(
-        self, peer: Peer, via: str, *, named_by_a_person: bool = False
+        self,
+        peer: Peer,
+        via: str,
+        avoid: Collection[str] = (),
+        *,
+        named_by_a_person: bool = False,
     ) -> list[_Candidate]:
         address = peer.address
         found: list[_Candidate] = []
@@ -160,10 +181,10 @@ class Ways:
             if peer.peer_id is not None:
                 found.append(_Candidate(self._libp2p(peer.peer_id, address.ipfs)))
         if via != NEVER:
-            found += self._relayed(peer, via)
+            found += self._relayed(peer, via, avoid)
         return found
 
-    def _relayed(self, peer: Peer, via: str) -> list[_Candidate]:
+    def _relayed(self, peer: Peer, via: str, avoid: Collection[str]) -> list[_Candidate]:
         relays = self.relays
         if relays is None:
             return []
@@ -176,7 +197,11 @@ class Ways:
             # A relay that somebody names may carry for the peer although the peer does not say so.
             named = [one for one in carriers if one.node == via]
             carriers = named or [one for one in (self.lookup(via),) if one is not None]
-        return [_Candidate(self._over(relays, one, peer.node), delay) for one in carriers]
+        return [
+            _Candidate(self._over(relays, one, peer.node), delay)
+            for one in carriers
+            if one.node not in avoid
+        ]
 
     def _carrier(self, point: Address) -> Peer:
         """A relay, at the endpoint that the peer names for it and at those that are known here."""
