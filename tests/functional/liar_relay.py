@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from aiohttp import WSMsgType, web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from daemon.membership import OpenSwarm
 from daemon.peerapi.ping import Ping
 from daemon.peerapi.server import PeerApi, Route
 from daemon.peerchat.seal import RESPONSE_TYPE
@@ -35,7 +36,7 @@ class LiarRelay:
 
     def routes(self) -> Sequence[Route]:
         return [
-            *Ping(self.key).routes(),
+            *Ping(self.key, OpenSwarm()).routes(),
             Route("GET", wire.HOLD_PATH, self._hold),
             Route("GET", wire.TO_PATH + "{node}", self._to),
             Route("GET", wire.TAKE_PATH + "{ticket}", self._take),
@@ -112,7 +113,7 @@ def _chunks(body: bytes) -> list[bytes]:
 @asynccontextmanager
 async def liar(lie: Lie | None = None) -> AsyncIterator[LiarRelay]:
     relay = LiarRelay(lie)
-    async with PeerApi(relay.routes()).listening(["127.0.0.1"], 0) as ports:
+    async with PeerApi(relay.routes(), membership=OpenSwarm()).listening(["127.0.0.1"], 0) as ports:
         address = Address(relay.key, http=(f"http://127.0.0.1:{ports.direct}",))
         relay.peer = Peer(relay.key, None, address, 0, 0)
         yield relay

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon.engine.interface import ChatRequest, Delta
 from daemon.errors import InferenceError, PeerError, Unserved
+from daemon.membership import OpenSwarm
 from daemon.peerapi.server import PeerApi, source_of
 from daemon.peerapi.ways import NEVER
 from daemon.peerchat import server as chat_server
@@ -485,7 +486,7 @@ async def test_r35_a_node_that_does_not_relay_refuses(tmp_path: Path) -> None:
         "ed25519:" + "07" * 32, enabled=lambda: willing[0], bulk=lambda: False, on_change=lambda: None
     )
     async with (
-        PeerApi(service.routes()).listening(["127.0.0.1"], 0) as ports,
+        PeerApi(service.routes(), membership=OpenSwarm()).listening(["127.0.0.1"], 0) as ports,
         aiohttp.ClientSession() as http,
         http.ws_connect(f"http://127.0.0.1:{ports.direct}{wire.HOLD_PATH}") as ws,
     ):
