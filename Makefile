@@ -5,7 +5,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint bench bench-engine bench-swarm clean
+.PHONY: help setup demo internet test test-fast lint bench bench-engine bench-swarm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -17,6 +17,9 @@ setup:  ## packages into .venv, Kubo and a small model into .cache (about five m
 demo: setup  ## the main job on three nodes of this machine
 	@$(BIN)/python examples/demo.py
 
+internet: setup  ## two homes behind NAT and one public node, in network namespaces of this machine
+	@$(BIN)/python -m examples.internet
+
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -24,6 +27,7 @@ lint: setup
 
 test: lint  ## lint, types, import rules, and all tests on real Kubo, libtorrent and llama.cpp
 	$(BIN)/python -m pytest -n auto
+	@$(BIN)/python -m tests.internet
 
 test-fast: lint  ## the same without the functional tests: under a minute
 	$(BIN)/python -m pytest -n auto tests/unit

@@ -1,7 +1,8 @@
 """Sets up a checkout: Python packages into .venv, Kubo and a small model into .cache. Run by `make`; asks nothing.
 
-What is already there is left alone, so a second run takes a second. Three lanes run side by side: packages (the longest, because
-llama.cpp is compiled), Kubo, and the model. Every Python package is checked against the hashes of the locks beside this file.
+What is already there is left alone, so a second run takes a second. Lanes run side by side: packages (the longest, because
+llama.cpp is compiled), Kubo, the model, and the system's network tools. Every Python package is checked against the hashes of the
+locks beside this file.
 
 llama.cpp is built with OpenBLAS where that is faster (docs/decisions/0005), and counts as built when it has answered one question
 in a child process. Some virtual machines announce AMX instructions and then fault on them: where that child dies by SIGSEGV or
@@ -41,6 +42,7 @@ NO_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
 # With the pinned tools in place nothing is built in isolation, where pip would fetch build tools that no lock names.
 LOCKED = ("--require-hashes", "--no-build-isolation", "--no-deps")
 HEARTBEAT_S = 15.0
+NETWORK_TOOLS = {"iproute2": "ip", "iptables": "iptables"}  # Debian's package: what it is there for
 
 
 class Failed(Exception):
@@ -357,6 +359,29 @@ def model(lane: Lane) -> None:
     shutil.rmtree(wheels)
 
 
+def tools_to_get(have: Callable[[str], object], root: bool) -> list[str]:
+    """Debian packages of the network tools that are missing and may be installed; none where there is nothing to do or no right to.
+
+    Only the internet tests need them, so their absence is no failure of set-up: `make test` says what was not run.
+    """
+    if not (root and have("apt-get")):
+        return []
+    return [package for package, tool in NETWORK_TOOLS.items() if not have(tool)]
+
+
+def network_tools(lane: Lane) -> None:
+    packages = tools_to_get(shutil.which, root=os.geteuid() == 0)
+    if not packages:
+        return
+    lane.say(f"{' and '.join(packages)}, for the internet tests")
+    # apt drops its rights and then needs a folder that everybody may write to, which set-up's own is not.
+    quiet = {"DEBIAN_FRONTEND": "noninteractive", "TMPDIR": "/tmp"}
+    install = ["apt-get", "install", "-qq", "--no-install-recommends", *packages]
+    # With the lists that are here, which may be too old or none; then with new ones.
+    if lane.run(install, **quiet) and (lane.run(["apt-get", "update", "-qq"], **quiet) or lane.run(install, **quiet)):
+        lane.say(f"apt-get could not install {' and '.join(packages)}: the internet tests will not run; {lane.tail()}")
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -409,6 +434,7 @@ def set_up(screen: Screen, children: Children) -> None:
             "packages": lambda: packages(Lane("packages", screen, children), model_there),
             "kubo": lambda: kubo(Lane("kubo", screen, children)),
             "model": get_model,
+            "network": lambda: network_tools(Lane("network", screen, children)),
         },
         screen,
         children,

@@ -23,11 +23,23 @@ class Buckets:
 
     def take(self, source: str, cost: float = 1.0) -> bool:
         """Whether `source` may go on; False costs nothing."""
+        left, now = self._filled(source)
+        allowed = left >= cost
+        self._keep(source, left - cost if allowed else left, now)
+        return allowed
+
+    def owe(self, source: str, cost: float) -> float:
+        """Take `cost` in any case; gives the seconds until `source` has paid for it, 0 when it had enough."""
+        left, now = self._filled(source)
+        self._keep(source, left - cost, now)
+        return max(0.0, (cost - left) / self._rate)
+
+    def _filled(self, source: str) -> tuple[float, float]:
         now = self._clock()
         left, then = self._left.pop(source, (self._burst, now))
-        left = min(self._burst, left + (now - then) * self._rate)
-        allowed = left >= cost
-        self._left[source] = (left - cost if allowed else left, now)
+        return min(self._burst, left + (now - then) * self._rate), now
+
+    def _keep(self, source: str, left: float, now: float) -> None:
+        self._left[source] = (left, now)
         if len(self._left) > self._limit:
             self._left.popitem(last=False)
-        return allowed

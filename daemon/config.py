@@ -12,12 +12,19 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from daemon.errors import UsageError
+from daemon.ipfs.bootstrap import PUBLIC_BOOTSTRAP, check_bootstrap
+from daemon.membership import check as check_membership
 
 Network = Literal["public", "lan", "loopback"]
+
+# Where a node that knows no other enters the BitTorrent DHT. Whoever is met is remembered and tried before these.
+DHT_BOOTSTRAP = ("dht.libtorrent.org:25401", "router.bittorrent.com:6881", "dht.transmissionbt.com:6881")
+_MOST_BOOTSTRAP = 32  # each name is a lookup at start-up
 
 LONGEST_KEEP_ALIVE = 366 * 24 * 3600  # seconds; -1 is for ever
 
@@ -39,20 +46,28 @@ class Ipfs:
     binary: str = ""  # Kubo binary; empty: PATH, then what set-up installed
     port: int = 4001  # libp2p port of our own Kubo
     max_connections: int = 96  # Kubo's connection manager trims above this
+    bootstrap: tuple[str, ...] = PUBLIC_BOOTSTRAP  # multiaddrs to enter the public network by; empty: none
 
 
 @dataclass(frozen=True, slots=True)
 class Torrent:
     enabled: bool = True
     port: int = 6881  # BitTorrent port
+    dht_bootstrap: tuple[str, ...] = DHT_BOOTSTRAP  # HOST:PORT of DHT nodes to begin with; empty: none
 
 
 @dataclass(frozen=True, slots=True)
 class Swarm:
-    host: str = "127.0.0.1"  # address of the door for other nodes; announced as a direct URL when others can reach it
-    port: int = 0
+    open: bool = False  # whether strangers on the internet may reach the peer API directly; it changes nothing in lan and loopback
+    host: str = ""  # address of the peer API; empty: all addresses in lan and where it is open, else 127.0.0.1
+    port: int = 8788  # TCP port of the peer API; 0 picks a free one, which is the default in lan and loopback
+    relay: str = "auto"  # whether to carry sealed frames for nodes that ask for it: auto (where others reach this node), on or off
+    relay_bytes: bool = False  # whether to carry the bytes of models for them, too
+    rendezvous: bool = True  # whether to be found on the DHTs by the codes of the models that are shared
     join: tuple[str, ...] = ()  # addresses of nodes to know from the start, separated by spaces
     heartbeat: int = 12  # seconds between announcements when nothing changes
+    name: str = ""  # of a closed swarm; empty: the open one
+    secret: str = field(default="", repr=False)  # of a closed swarm: whoever has it and the name is a member
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +101,12 @@ class Config:
     engine: Engine = field(default_factory=Engine)
 
 
-# On one machine with several nodes nobody can own a port.
-_LOOPBACK_PORTS = {"api.port": 0, "ipfs.port": 0, "torrent.port": 0}
+# On one machine with several nodes nobody can own a port, and in a LAN nobody needs to know that of the peer API.
+_PORTS = {
+    "loopback": {"api.port": 0, "ipfs.port": 0, "torrent.port": 0, "swarm.port": 0},
+    "lan": {"swarm.port": 0},
+}
+_SECRETS = {"swarm.secret"}  # no message repeats them
 _SECTIONS: dict[str, type] = {
     "api": Api,
     "ipfs": Ipfs,
@@ -117,8 +136,7 @@ def load(home: Path, environ: Mapping[str, str] | None = None, flags: Mapping[st
     network = values.get("network", "public")
     if network not in ("public", "lan", "loopback"):
         raise UsageError("network", f"{network!r} is not a network", "use public, lan or loopback")
-    if network == "loopback":
-        values = {**_LOOPBACK_PORTS, **values}
+    values = {**_PORTS.get(network, {}), **values}
     sections = {
         section: cls(**{n.partition(".")[2]: v for n, v in values.items() if n.startswith(section + ".")})
         for section, cls in _SECTIONS.items()
@@ -162,7 +180,8 @@ def _from_flags(flags: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
 
 def _convert(name: str, kind: Any, raw: Any, where: str) -> Any:
     def wrong(expected: str) -> UsageError:
-        return UsageError(where, f"{name} must be {expected}, not {raw!r}", "docs/settings.md lists the settings")
+        given = "" if name in _SECRETS else f", not {raw!r}"
+        return UsageError(where, f"{name} must be {expected}{given}", "docs/settings.md lists the settings")
 
     if kind is bool:
         if isinstance(raw, bool):
@@ -192,6 +211,16 @@ def _convert(name: str, kind: Any, raw: Any, where: str) -> Any:
     raise wrong("a list of texts")
 
 
+def host_port(text: str) -> tuple[str, int]:
+    """`HOST:PORT` or `[IPv6]:PORT` as a pair. Raises `ValueError` for anything else."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]{1,253})):([0-9]{1,5})", text)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    if match[1] is not None:
+        IPv6Address(match[1])
+    return match[1] or match[2], int(match[3])
+
+
 def _bytes(text: str) -> int:
     """A whole number, for sizes and rates also with a unit: `20MiB`, `1.5GB`."""
     match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*", text)
@@ -201,12 +230,24 @@ def _bytes(text: str) -> int:
     return int(float(match[1]) * (1024 if "i" in unit else 1000) ** (" KMGT".index(unit[0]) if unit != "B" else 0))
 
 
+def _check_bootstrap(entries: tuple[str, ...]) -> None:
+    if len(entries) > _MOST_BOOTSTRAP:
+        why = f"it has more than {_MOST_BOOTSTRAP} entries"
+        raise UsageError("torrent.dht_bootstrap", why, "name a few nodes that are always there")
+    for entry in entries:
+        try:
+            host_port(entry)
+        except ValueError as error:
+            raise UsageError("torrent.dht_bootstrap", str(error), "use HOST:PORT or [IPv6]:PORT") from None
+
+
 def _check(config: Config) -> None:
     for name in ("api.port", "ipfs.port", "torrent.port", "swarm.port"):
         section, _, key = name.partition(".")
         port = getattr(getattr(config, section), key)
         if not 0 <= port <= 65535:
             raise UsageError(name, f"{port} is not a port", "use 0 to 65535")
+    _check_bootstrap(config.torrent.dht_bootstrap)
     if config.api.host not in ("127.0.0.1", "::1", "localhost"):
         raise UsageError(
             "api.host", f"{config.api.host} is not a loopback address", "put a reverse proxy in front to reach it from elsewhere"
@@ -221,10 +262,14 @@ def _check(config: Config) -> None:
         raise UsageError("engine.keep_alive", f"{config.engine.keep_alive:g} s is more than a year", "use -1 for ever")
     if config.swarm.heartbeat < 1:
         raise UsageError("swarm.heartbeat", f"{config.swarm.heartbeat} s is too often", "use at least 1")
+    check_membership(config.swarm.name, config.swarm.secret)
+    check_bootstrap(config.ipfs.bootstrap)
     if not config.ipfs.enabled and not config.torrent.enabled:
         raise UsageError("ipfs.enabled and torrent.enabled", "both are off", "a node needs one of them")
     if config.engine.slots < 1 or config.engine.context < 64 or config.engine.batch < 64:
         why = "needs at least one slot, and 64 tokens of context and batch"
         raise UsageError("engine", why, "raise engine.slots, engine.context or engine.batch")
-    if config.network == "loopback" and config.swarm.host != "127.0.0.1":
+    if config.swarm.relay not in ("auto", "on", "off"):
+        raise UsageError("swarm.relay", f"{config.swarm.relay!r} is none of the choices", "use auto, on or off")
+    if config.network == "loopback" and config.swarm.host not in ("", "127.0.0.1"):
         raise UsageError("swarm.host", "a loopback node listens on 127.0.0.1 only", "remove swarm.host or set network")

@@ -57,7 +57,7 @@ class Home:
         except FileNotFoundError:
             made = Ed25519PrivateKey.generate()
             encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-            _write_private(path, made.private_bytes(encoding, form, serialization.NoEncryption()))
+            write_private(path, made.private_bytes(encoding, form, serialization.NoEncryption()))
             return made
         except (OSError, ValueError) as error:
             # A new key would be another identity: only its owner may decide that.
@@ -78,7 +78,7 @@ class Home:
             raise Unavailable("token", "it cannot be read", "remove the file; a new one is made") from error
         if len(token) < 16:
             token = secrets.token_urlsafe(_TOKEN_BYTES)
-            _write_private(path, token.encode() + b"\n")
+            write_private(path, token.encode() + b"\n")
         path.chmod(0o600)
         return token
 
@@ -86,17 +86,17 @@ class Home:
         """A new data folder stays in the network that it was begun in: a later start without that flag must not go public."""
         path = self.path / "config.toml"
         if not path.exists():
-            _write_private(path, f'# The settings of this node; docs/settings.md lists them.\nnetwork = "{network}"\n'.encode())
+            write_private(path, f'# The settings of this node; docs/settings.md lists them.\nnetwork = "{network}"\n'.encode())
 
     def write_daemon_json(self, url: str, version: str) -> None:
         document = {"url": url, "pid": os.getpid(), "version": version}
-        _write_private(self.path / "daemon.json", json.dumps(document).encode() + b"\n")
+        write_private(self.path / "daemon.json", json.dumps(document).encode() + b"\n")
 
     def remove_daemon_json(self) -> None:
         (self.path / "daemon.json").unlink(missing_ok=True)
 
 
-def _write_private(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes) -> None:
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".")  # mkstemp makes it 0600
         with os.fdopen(handle, "wb") as file:

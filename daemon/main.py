@@ -34,22 +34,22 @@ from daemon.api.app import create_app
 from daemon.api.server import open_api
 from daemon.api.services import Services
 from daemon.api.sessions import Sessions
-from daemon.config import Config
+from daemon.config import Config, host_port
 from daemon.engine.host import EngineHost
 from daemon.errors import SwarmError, UsageError
-from daemon.gossip.gossip import Gossip
-from daemon.gossip.pages import Card, OwnPages
+from daemon.gossip.moving import settle
 from daemon.gossip.peers import PeerTable
 from daemon.home import Home
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.keeper import IpfsKeeper
 from daemon.ledger import LedgerThread
-from daemon.peerapi.ping import Ping
-from daemon.peerapi.server import PeerApi, Ports
-from daemon.peerapi.ways import Ways
+from daemon.membership import membership
+from daemon.node.connectivity import Connectivity
+from daemon.node.status import Status
+from daemon.peerapi.server import PeerApi
 from daemon.peerchat.seal import SealKeys
 from daemon.peerchat.server import ChatServer
-from daemon.status import Status
+from daemon.relaying import pipes
 from daemon.supervise import Supervisor
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Patience, Sources
@@ -65,7 +65,7 @@ from daemon.transfer.store import Store
 from daemon.transfer.transfers import Transfer, Transfers, utc_now
 from daemon.trust import TrustBook
 from registry import envelope
-from registry.address import parse_address, usable
+from registry.address import parse_address
 from registry.errors import Malformed
 from registry.records import Address
 
@@ -139,15 +139,13 @@ class _Voice:
     """How this node is with others: what it serves, whom it knows, and what it says."""
 
     http: aiohttp.ClientSession
-    ways: Ways
     supervisor: Supervisor
     serving: Serving
     upstreams: Upstreams
     offering: Offering
     peers: PeerTable
     answers: Answers
-    gossip: Gossip
-    ports: Ports
+    connectivity: Connectivity
 
 
 class _Daemon:
@@ -159,12 +157,15 @@ class _Daemon:
         self._home = home
         self._key = home.node_key()
         self._node = envelope.key_name(self._key)
+        self._membership = membership(
+            config.swarm.name, config.swarm.secret, node=self._node, clock=time.time
+        )
         self._started = utc_now()
         self._join = [_address(text) for text in config.swarm.join]
         self._stop = asyncio.Event()
-        self._gossip: Gossip | None = None
-        self._ports = Ports(0, 0)
-        self._keeper = IpfsKeeper(config, self._ipfs_ready, self._ipfs_gone)
+        self._connectivity: Connectivity | None = None
+        self._busy: Callable[[], bool] = lambda: False
+        self._keeper = IpfsKeeper(config, self._ipfs_ready, self._ipfs_gone, busy=lambda: self._busy())
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -186,16 +187,16 @@ class _Daemon:
         return self._keeper.node
 
     async def _ipfs_ready(self, node: IpfsNode) -> None:
-        if self._gossip is not None:
-            await self._gossip.on_ipfs_ready(node)
+        if self._connectivity is not None:
+            await self._connectivity.on_ipfs_ready(node)
 
     async def _ipfs_gone(self) -> None:
-        if self._gossip is not None:
-            await self._gossip.on_ipfs_gone()
+        if self._connectivity is not None:
+            await self._connectivity.on_ipfs_gone()
 
     def _changed(self) -> None:
-        if self._gossip is not None:
-            self._gossip.changed()
+        if self._connectivity is not None:
+            self._connectivity.gossip.changed()
 
     # -- the parts, in order ----------------------------------------------------------------------------------------
 
@@ -210,7 +211,12 @@ class _Daemon:
         torrents = None
         if config.torrent.enabled:
             torrents = TorrentSession(
-                config.network, config.torrent.port, download_rate=config.transfer.download_rate, upload_rate=config.transfer.upload_rate
+                config.network,
+                config.torrent.port,
+                download_rate=config.transfer.download_rate,
+                upload_rate=config.transfer.upload_rate,
+                dht_bootstrap=[host_port(entry) for entry in config.torrent.dht_bootstrap],
+                dht_state=config.home / "torrents" / "dht.state",
             )
             await torrents.start()
             stack.push_async_callback(torrents.close)
@@ -222,7 +228,11 @@ class _Daemon:
 
     async def _voice(self, stack: AsyncExitStack, has: _Holdings) -> _Voice:
         config = self._config
-        http = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
+        http = await stack.enter_async_context(
+            aiohttp.ClientSession(
+                auto_decompress=False, middlewares=(self._membership.middleware,)
+            )
+        )
         engine = EngineHost(config.engine, config.home / "logs", lambda key: serving.changed(key))
         stack.push_async_callback(engine.close)
         serving = Serving(engine, has.library, has.ledger, self._changed)
@@ -230,51 +240,53 @@ class _Daemon:
         stack.push_async_callback(upstreams.close)
         offering = Offering(self._node, has.library, serving, upstreams, has.torrents)
         peers = PeerTable(has.ledger, own=self._node, clock=time.time, standing=has.trust.standing)
+        await settle(has.ledger, self._membership)
         await peers.open()
         stack.push_async_callback(peers.close)
-        ways = Ways(network=config.network, ipfs=self._ipfs, http=http)
-        answers = Answers(peers, offering.askable, offering.offers, ways=ways, http=http, clock=time.time)
         supervisor = Supervisor(close_s=_STOP_S)
         stack.push_async_callback(supervisor.close)
         seal_keys = SealKeys(self._node, time.time)
-        pages = OwnPages(
-            self._key, has.ledger, card=lambda: self._card(seal_keys, has), describe=offering.describe, clock=time.time
+        connectivity = Connectivity(
+            config,
+            self._key,
+            ledger=has.ledger,
+            table=peers,
+            keeper=self._keeper,
+            torrents=has.torrents,
+            supervisor=supervisor,
+            http=http,
+            pipes=await stack.enter_async_context(pipes.session(self._membership)),
+            membership=self._membership,
+            seal_keys=seal_keys,
+            offers=offering.offers,
+            join=self._join,
         )
-        gossip = Gossip(
-            pages, table=peers, ledger=has.ledger, supervisor=supervisor, ways=ways, http=http,
-            ipfs_within=lambda: self._keeper.node_within(_JOIN_WAIT_S), heartbeat_s=config.swarm.heartbeat, join=self._join,
-        )  # fmt: skip
+        ways = connectivity.ways
+        search = connectivity.rendezvous.search
+        answers = Answers(
+            peers, offering.askable, offering.offers, ways=ways, http=http, clock=time.time, search=search
+        )
         chats = ChatServer(seal_keys, offering.provider)
-        objects = ObjectServer(has.library.small_object)
-        routes = [*Ping(self._node).routes(), *gossip.routes(), *chats.routes(), *objects.routes()]
-        api = PeerApi(routes)
-        hosts = [config.swarm.host]
-        self._ports = await stack.enter_async_context(api.listening(hosts, config.swarm.port))
-        self._gossip = gossip
-        stack.push_async_callback(gossip.close)
-        return _Voice(http, ways, supervisor, serving, upstreams, offering, peers, answers, gossip, self._ports)
-
-    def _card(self, seal_keys: SealKeys, has: _Holdings) -> Card:
-        """How this node is reached now."""
-        config = self._config
-        gossip = self._gossip
-        identity = gossip.pubsub.identity if gossip is not None else None
-        bittorrent = network.bittorrent_addresses(config.network, has.torrents.port) if has.torrents is not None else ()
-        address = Address(
-            self._node,
-            ipfs=identity.addresses if identity is not None else (),
-            bittorrent=bittorrent,
-            http=network.peer_api_urls(config.network, config.swarm.host, self._ports.direct),
+        self._busy = lambda: chats.answering > 0 or ways.answering
+        objects = ObjectServer(has.library.small_object, self._membership)
+        api = PeerApi(
+            [*connectivity.routes(), *chats.routes(), *objects.routes()],
+            membership=self._membership,
+            allowed=partial(network.may_come, config),
+            on_direct=connectivity.came,
         )
-        peer_id = identity.peer_id if identity is not None else None
-        return Card(peer_id, usable(address), seal_keys.public())
+        connectivity.ports = await stack.enter_async_context(api.listening(network.hosts(config), network.port(config)))
+        self._connectivity = connectivity
+        stack.push_async_callback(connectivity.close)
+        return _Voice(http, supervisor, serving, upstreams, offering, peers, answers, connectivity)
 
     async def _transfers(self, stack: AsyncExitStack, has: _Holdings, voice: _Voice) -> tuple[Transfers, Puller, Publisher]:
         config = self._config
         transfers = Transfers(has.ledger)
         stack.push_async_callback(transfers.close)
         publisher = Publisher(has.store, has.library, self._key)
-        resolver = Resolver(Objects(self._ipfs, voice.ways, voice.http), voice.peers, has.trust, self._ipfs, config.ipfs.enabled)
+        objects = Objects(self._ipfs, voice.connectivity.ways, voice.http, self._membership)
+        resolver = Resolver(objects, voice.peers, has.trust, self._ipfs, config.ipfs.enabled, voice.connectivity.rendezvous.search)
         patience = Patience(config.transfer.stall, config.transfer.give_up)
         sources = Sources(self._ipfs, config.ipfs.enabled, RateLimit(config.transfer.download_rate), patience)
         puller = Puller(has.store, has.library, resolver, publisher, has.torrents, sources)
@@ -283,7 +295,7 @@ class _Daemon:
     async def _start(self, voice: _Voice, has: _Holdings) -> None:
         """Begin to speak. IPFS may be away, now or later: the node lives without it."""
         await voice.serving.open()
-        await voice.gossip.start(voice.ports.streams)
+        await voice.connectivity.start()
         for blake3 in has.strays:
             voice.supervisor.run(f"identify {blake3[:12]}", partial(has.library.identify_again, blake3), restart=False)
         voice.supervisor.run("changes", lambda: self._keep_sound(voice, has.library), restart=True)
@@ -305,7 +317,8 @@ class _Daemon:
             except TimeoutError:
                 node = self._keeper.node
             if node is not None:
-                await library.keep_pinned(node, own=not self._config.ipfs.rpc)
+                others = self._connectivity.rendezvous.pinned if self._connectivity is not None else frozenset()
+                await library.keep_pinned(node, own=not self._config.ipfs.rpc, others=others)
 
     async def _keep_sound(self, voice: _Voice, library: Library) -> None:
         """Whoever edits a model's file in place shall not have it served and seeded under its old name."""
@@ -330,12 +343,13 @@ class _Daemon:
 
         status = Status(
             config, version("swarmctl"), self._started, self._keeper, has.torrents, has.library, transfers, voice.serving,
-            voice.upstreams, voice.gossip, voice.supervisor,
+            voice.upstreams, voice.connectivity, voice.supervisor,
         )  # fmt: skip
         services = Services(
+            config=config, reached_via=voice.connectivity.ways.via,
             library=has.library, pull=pull, publish=publish, transfers=transfers, serving=voice.serving,
             upstreams=voice.upstreams, peers=voice.peers, own_offers=voice.offering.offers,
-            gossip=voice.gossip, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,
+            gossip=voice.connectivity, answers=voice.answers, trust=has.trust, status=status.read, stop=self._stop.set,
         )  # fmt: skip
         app, host = create_app(services, self._home.token(), Sessions(config.api.session_timeout, time.time)), config.api.host
         port = await stack.enter_async_context(open_api(app, host, config.api.port, last_answers_s=_LAST_ANSWERS_S))

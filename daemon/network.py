@@ -1,35 +1,105 @@
-"""Where others reach this node, by the network it lives in."""
+"""Where the peer API of a node listens, and which of its endpoints others are told, by the kind of network it lives in. Pure
+but for a look at this machine's own addresses.
+
+| network    | the peer API listens on | announced URL |
+|---|---|---|
+| `loopback` | 127.0.0.1 | http://127.0.0.1:PORT |
+| `lan`      | all addresses, for private ones only | the private address |
+| `public`   | all addresses with `swarm.open`, else 127.0.0.1 | the address at which somebody outside reached it |
+"""
 
 from __future__ import annotations
 
 import socket
 
-from daemon.config import Network
+import psutil
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+from daemon.config import Config
+from registry import ranges
 
-
-def bittorrent_addresses(network: Network, port: int) -> tuple[str, ...]:
-    """host:port for peers. In the public network it is empty: there BitTorrent finds peers itself, and we do not know our address."""
-    host = {"loopback": "127.0.0.1", "lan": _private_address(), "public": None}[network]
-    return (f"{host}:{port}",) if host is not None and port else ()
+_LOOPBACK = "127.0.0.1"
 
 
-def peer_api_urls(network: Network, host: str, port: int) -> tuple[str, ...]:
-    """Base URLs at which other nodes reach the peer API directly; empty when it listens where they cannot come."""
-    if network == "loopback":
-        return (f"http://127.0.0.1:{port}",)
-    if host in _LOOPBACK:
+def hosts(config: Config) -> list[str]:
+    """The addresses that the peer API listens on."""
+    if config.swarm.host:
+        return [config.swarm.host]
+    if config.network == "loopback" or (config.network == "public" and not config.swarm.open):
+        return [_LOOPBACK]
+    return ["0.0.0.0", "::"] if _has_ipv6() else ["0.0.0.0"]  # noqa: S104 - that is what it is for
+
+
+def port(config: Config) -> int:
+    """The TCP port of the peer API; one that nobody outside can reach need not be a certain one."""
+    return 0 if hosts(config) == [_LOOPBACK] else config.swarm.port
+
+
+def may_come(config: Config, address: str) -> bool:
+    """Whether somebody at that IP address may come straight to the peer API."""
+    return config.network == "public" or ranges.allows(config.network, address)
+
+
+def private_url(config: Config, port: int) -> tuple[str, ...]:
+    """The URL of the peer API inside a closed network; none where it listens elsewhere, or there is no such network."""
+    if config.network == "loopback":
+        return (f"http://{_LOOPBACK}:{port}",)
+    address = private_address()
+    if address is None or config.swarm.host in (_LOOPBACK, "::1", "localhost"):
         return ()
-    shown = _private_address() if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not listened on
-    return (f"http://{f'[{shown}]' if ':' in shown else shown}:{port}",) if shown is not None else ()
+    return (url(config.swarm.host or address, port),)
 
 
-def _private_address() -> str | None:
-    """The address that this machine has towards others. Connecting a UDP socket sends nothing; it only asks the routing table."""
+def url(host: str, port: int) -> str:
+    return f"http://{host_port(host, port)}"
+
+
+def host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def own_addresses() -> frozenset[str]:
+    """The IP addresses of this machine's interfaces, without zones."""
+    found = psutil.net_if_addrs().values()
+    addresses = (entry.address.partition("%")[0] for entries in found for entry in entries)
+    return frozenset(address for address in addresses if ranges.is_address(address))
+
+
+def global_address() -> str | None:
+    """An IPv4 address of this machine that the internet could reach; None behind a NAT.
+
+    IPv6 says nothing here: most homes have global IPv6 addresses behind a firewall.
+    """
+    found = sorted(one for one in own_addresses() if ":" not in one)
+    return next((one for one in found if ranges.allows("public", one)), None)
+
+
+def private_address() -> str | None:
+    """The IPv4 address that this machine has towards others in a LAN; of several, the one of the route to the outside."""
+    private = sorted(
+        one
+        for one in own_addresses()
+        if ":" not in one and ranges.allows("lan", one) and not ranges.allows("loopback", one)
+    )
+    routed = _routed_address()
+    return routed if routed in private else next(iter(private), None)
+
+
+def _routed_address() -> str | None:
+    """Connecting a UDP socket sends nothing; it only asks the routing table."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("10.255.255.255", 9))
         except OSError:
             return None
         return str(probe.getsockname()[0])
+
+
+def _has_ipv6() -> bool:
+    if not socket.has_ipv6:
+        return False
+    with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 SWARMCTL = Path(sys.executable).with_name("swarmctl")
@@ -31,7 +31,7 @@ SLOW = "24MiB"  # per second: slow enough to pull a plug in the middle
 class Node:
     """One swarmctl with a data folder of its own."""
 
-    letter: str
+    name: str
     home: Path
     status: dict[str, Any] = field(default_factory=dict)
 
@@ -42,12 +42,18 @@ class Node:
         """One command with --json; its document."""
         done = subprocess.run([*self.command(*words), "--json"], capture_output=True, text=True, timeout=180)
         if done.returncode:
-            raise SystemExit(f"{self.letter}$ swarmctl {' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
+            raise SystemExit(f"{self.name}$ swarmctl {' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
         return json.loads(done.stdout)
 
     def up(self, *settings: str) -> None:
         self.run("up", "--network", "loopback", *settings)
         self.status = self.run("status")
+
+
+class Named(Protocol):
+    """What a step is told of."""
+
+    name: str
 
 
 class Story:
@@ -57,8 +63,8 @@ class Story:
         self.rows: list[tuple[str, str, str]] = []
 
     @contextlib.contextmanager
-    def step(self, node: Node, words: str) -> Iterator[list[str]]:
-        print(f"{node.letter}$ swarmctl {words}", flush=True)
+    def step(self, node: Named, words: str) -> Iterator[list[str]]:
+        print(f"{node.name}$ swarmctl {words}", flush=True)
         outcome: list[str] = []
         began = time.monotonic()
         yield outcome
@@ -66,7 +72,14 @@ class Story:
         for line in outcome:
             print(f"     {line}")
         print(f"     {seconds}\n", flush=True)
-        self.rows.append((f"{node.letter}: {words}", seconds, outcome[-1] if outcome else ""))
+        self.rows.append((f"{node.name}: {words}", seconds, outcome[-1] if outcome else ""))
+
+    def end(self) -> None:
+        """All steps as a table."""
+        width = max(len(row[0]) for row in self.rows)
+        print("What happened")
+        for what, seconds, outcome in self.rows:
+            print(f"  {what:<{width}}  {seconds:>7}  {outcome}")
 
 
 def main() -> int:
@@ -128,10 +141,7 @@ def tell(story: Story, a: Node, b: Node, c: Node, folder: Path) -> None:
         a.run("stop", code)
         outcome.append("the worker and its memory are gone")
 
-    width = max(len(row[0]) for row in story.rows)
-    print("What happened")
-    for what, seconds, outcome_text in story.rows:
-        print(f"  {what:<{width}}  {seconds:>7}  {outcome_text}")
+    story.end()
 
 
 def by_source(pulled: dict[str, Any]) -> str:
@@ -152,7 +162,7 @@ def pull_and_kill_kubo(node: Node, code: str) -> dict[str, Any]:
             print(f"     Kubo killed at {progress['received'] / 2**20:.0f} MiB", flush=True)
     document = pull.stdout.read()
     if pull.wait(timeout=60) != 0 or not killed:
-        raise SystemExit(f"the pull on {node.letter} ended with {pull.returncode} (Kubo killed: {killed}): {document}")
+        raise SystemExit(f"the pull on {node.name} ended with {pull.returncode} (Kubo killed: {killed}): {document}")
     result: dict[str, Any] = json.loads(document)
     return result
 
@@ -164,19 +174,24 @@ def wait_until_served(node: Node, code: str) -> dict[str, Any]:
                 found: dict[str, Any] = model
                 return found
         time.sleep(0.1)
-    raise SystemExit(f"{node.letter} does not see the served model")
+    raise SystemExit(f"{node.name} does not see the served model")
 
 
 def ask(node: Node, code: str) -> str:
-    """Ask as a person would, the answer streaming, and return who answered."""
-    process = subprocess.Popen(node.command("ask", QUESTION, code), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0)
-    assert process.stdout is not None and process.stderr is not None
+    """Ask as a person would; who answered."""
+    command = node.command("ask", QUESTION, code)
+    return streamed(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0))
+
+
+def streamed(asking: subprocess.Popen[str]) -> str:
+    """Show the answer as it comes, and return who answered. The pipes of `asking` are text without a buffer."""
+    assert asking.stdout is not None and asking.stderr is not None
     print("     ", end="", flush=True)
-    while piece := process.stdout.read(1):
+    while piece := asking.stdout.read(1):
         print(piece if piece != "\n" else "\n     ", end="", flush=True)
     print(flush=True)
-    who = process.stderr.read().strip().splitlines()
-    if process.wait(timeout=60) != 0 or not who:
+    who = asking.stderr.read().strip().splitlines()
+    if asking.wait(timeout=60) != 0 or not who:
         raise SystemExit(f"the question was not answered: {who}")
     return who[-1]
 

@@ -37,7 +37,7 @@ from typing import Any
 from registry import endpoints, strictjson
 from registry.address import check_endpoints, most, usable
 from registry.envelope import open_envelope
-from registry.errors import Malformed, NotVerified, Repeated, Stale
+from registry.errors import Malformed, Misdated, NotVerified, Repeated, Stale
 from registry.manifest import (
     MAX_CONTEXT,
     MAX_SIZE,
@@ -224,9 +224,9 @@ def _check_named(said: Announcement, before: Peer, now: int) -> None:
 def _check_expiry(expires: int, now: int, max_skew: int) -> None:
     ahead = expires - now
     if ahead > MAX_LIFETIME + max_skew:
-        raise Stale(f"the announcement expires in {_span(ahead)}, later than any may: the clock of one of the nodes is off")
+        raise Misdated(f"the announcement expires in {_span(ahead)}, later than any may: the clock of one of the nodes is off")
     if ahead <= -MAX_LIFETIME:
-        raise Stale(f"the announcement expired {_span(-ahead)} ago: it is an old one, or the clock of one of the nodes is off")
+        raise Misdated(f"the announcement expired {_span(-ahead)} ago: it is an old one, or the clock of one of the nodes is off")
     if ahead <= 0:
         raise Stale(f"the announcement expired {_span(-ahead)} ago")
 

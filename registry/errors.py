@@ -3,7 +3,8 @@
     ValueError
     ├── Malformed          it does not parse, or breaks a ceiling
     ├── Stale              it parses and verifies, but its time is over (or not yet there)
-    │   └── Repeated       it is known already, which is no fault of anybody
+    │   ├── Repeated       it is known already, which is no fault of anybody
+    │   └── Misdated       no clock that is right can have dated it
     ├── AmbiguousRef       a code or name that several models share
     └── NotVerified        a signature or digest is wrong
         └── CouldNotCheck  nothing is known to be wrong, but it could not be checked (never treated as right)
@@ -24,6 +25,10 @@ class Stale(ValueError):
 
 class Repeated(Stale):
     """Known already, or our own: what is said over two ways comes twice."""
+
+
+class Misdated(Stale):
+    """Dated so that the clock of one of the two nodes must be off."""
 
 
 class NotVerified(ValueError):

@@ -13,11 +13,12 @@ from swarmctl.render import answer_text, safe, short_key
 
 
 def stream(client: Client, body: Mapping[str, Any], answer: dict[str, Any], begun: Callable[[], None], *, shown: bool) -> None:
-    """Ask, and fill `answer`: first `answered_by` `code` `name` (then `begun` is called), `text` as it comes, its figures at the end.
+    """Ask, and fill `answer`: first `answered_by` `via` `code` `name` (then `begun` is called),
+    `text` as it comes, its figures at the end.
 
     `shown`: the text goes to stdout too. Whatever ends it early, a `Failure` or Ctrl-C, `answer` has what came before.
     """
-    answer.update(answered_by=None, code=None, name=None, text="")
+    answer.update(answered_by=None, via=None, code=None, name=None, text="")
     try:
         with closing(client.events("POST", "/api/swarm/relay/chat", body)) as events:
             for event in events:
@@ -48,5 +49,7 @@ def _write(text: str) -> None:
 
 
 def who(answer: Mapping[str, Any]) -> str:
-    """The line that says who answers."""
-    return f"{safe(answer['name'])} (#{safe(answer['code'])}) on node {short_key(answer['answered_by'])}"
+    """The line that says who answers, and through whom if a relay carries it."""
+    node = short_key(answer["answered_by"])
+    told = f"{safe(answer['name'])} (#{safe(answer['code'])}) on node {node}"
+    return f"{told}, through node {short_key(answer['via'])}" if answer["via"] else told

@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": ("ask", "chat"),
     "trust": ("trust",),
     "doctor": ("doctor",),
+    "privacy": ("privacy",),
 }
 MODULE_OF = {name: module for module, names in COMMANDS.items() for name in names}
 

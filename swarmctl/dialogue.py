@@ -35,7 +35,7 @@ class Dialogue:
         self._saved = saved
         self._lines = Lines()
         self._person = not context.json and sys.stdin is not None and sys.stdin.isatty()
-        self._answerer: tuple[str, ...] = ()
+        self._answerer: tuple[str | None, ...] = ()
         self._answered_by: str | None = None
         self._usage: dict[str, int] = {}
 
@@ -136,7 +136,7 @@ class Dialogue:
     def _begun(self, answer: Mapping[str, Any]) -> None:
         self._held.model = self._held.model or answer["code"]
         self._answered_by = answer["answered_by"]
-        answerer = (answer["name"], answer["code"], answer["answered_by"])
+        answerer = (answer["name"], answer["code"], answer["answered_by"], answer["via"])
         if answerer != self._answerer:
             self._answerer = answerer
             self._note(answers.who(answer))

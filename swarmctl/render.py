@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+LONG = 4000  # characters of a text of our own daemon
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _LATIN_LIKE = ("CYRILLIC", "GREEK", "COPTIC", "ARMENIAN", "CHEROKEE", "LISU", "FULLWIDTH", "MATHEMATICAL", "LATIN SMALL LETTER SCRIPT")
 # Of an answer: C0 and C1 but tab and newline, line and paragraph separators, bidi embeddings, overrides and isolates, tags, surrogates.
@@ -74,6 +75,10 @@ def short_key(key: str | None) -> str:
     return safe((key or "").removeprefix("ed25519:")[:8]) or "-"
 
 
+def short_keys(keys: Sequence[str]) -> str:
+    return " ".join(map(short_key, keys)) or "-"
+
+
 def yes(value: object) -> str:
     return "yes" if value else "-"
 
@@ -125,7 +130,7 @@ def _rich(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def pairs(values: Mapping[str, str]) -> str:
     """`name  value` lines."""
     width = max(map(len, values))
-    return "\n".join(f"{name:<{width}}  {safe(value, 4000)}" for name, value in values.items())
+    return "\n".join(f"{name:<{width}}  {safe(value, LONG)}" for name, value in values.items())
 
 
 # -- things -------------------------------------------------------------------------------------------------------------
@@ -165,8 +170,23 @@ def _size(model: Mapping[str, Any]) -> str:
 
 
 def peers(found: Sequence[Mapping[str, Any]]) -> str:
-    rows = [(short_key(p["node"]), str(p["models"]), _codes(p["serving"]), from_now(p["expires"]), p["peer_id"] or "-") for p in found]
-    return table(("node", "models", "serving", "expires", "peer id"), rows, "no other nodes are known; swarmctl join ADDRESS")
+    """The other nodes; `relays` carry for them, `through` says how each was reached last."""
+    columns = ("node", "models", "serving", "relays", "carries", "through", "expires", "peer id")
+    rows = [_peer(one) for one in found]
+    return table(columns, rows, "no other nodes are known; swarmctl join ADDRESS")
+
+
+def _peer(found: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        short_key(found["node"]),
+        str(found["models"]),
+        _codes(found["serving"]),
+        short_keys(found["relays"]),
+        yes(found["relay"]),
+        short_key(found["via"]),
+        from_now(found["expires"]),
+        found["peer_id"] or "-",
+    )
 
 
 def _codes(found: Sequence[str]) -> str:
@@ -193,7 +213,21 @@ def model(found: Mapping[str, Any]) -> str:
     return pairs(values)
 
 
-def status(found: Mapping[str, Any]) -> str:
+def privacy(found: Sequence[Mapping[str, str]]) -> str:
+    """Who learns what: a paragraph for each."""
+    return "\n\n".join(_exposure(told) for told in found)
+
+
+def _exposure(told: Mapping[str, str]) -> str:
+    lines = [f"{safe(told['who'], LONG)}"]
+    for name in ("learns", "because", "change"):
+        if told[name]:
+            lines.append(f"  {name:<7}  {safe(told[name], LONG)}")
+    return "\n".join(lines)
+
+
+def status(found: Mapping[str, Any], network: Mapping[str, str]) -> str:
+    """The node and its parts; `network` is `swarmctl.network.lines` of the same."""
     ipfs, bittorrent = found["ipfs"], found["bittorrent"]
     why = f": {ipfs['reason']}" if ipfs.get("reason") else ""
     kubo = f"Kubo {ipfs['version'] or '?'}, {ipfs['peers']} peers{why}"
@@ -205,8 +239,8 @@ def status(found: Mapping[str, Any]) -> str:
         "state": f"{found['state']}, version {found['version']}, process {found['pid']}, since {found['started']}",
         "node": found["node"],
         "api": found["api"],
-        "network": found["network"],
         "home": found["home"],
+        **network,
         "ipfs": f"{ipfs['state']}, {kubo}" if ipfs["enabled"] else "off",
         "bittorrent": f"{bittorrent['state']}, {sharing}" if bittorrent["enabled"] else "off",
         "models": f"{found['models']}, serving {_codes(found['serving'])}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,9 +13,21 @@ import aiohttp
 
 from daemon.answering.local import LocalModel
 from daemon.engine.interface import Delta, EmbeddingRequest, Embeddings, Provider, Request
-from daemon.errors import Ambiguous, BackendError, CallerError, InferenceError, NotFound, PeerError, SwarmError, Unserved, UsageError
+from daemon.errors import (
+    Ambiguous,
+    BackendError,
+    CallerError,
+    InferenceError,
+    NotFound,
+    PeerError,
+    SwarmError,
+    Unreachable,
+    Unserved,
+    UsageError,
+)
 from daemon.gossip.peers import PeerTable
-from daemon.peerapi.ways import AUTO, NEVER, Ways
+from daemon.gossip.rendezvous import Search
+from daemon.peerapi.ways import AUTO, CONNECT_S, NEVER, Ways
 from daemon.peerchat.provider import PeerProvider
 from daemon.waiting import close
 from registry import codes, routing
@@ -26,6 +39,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 CANDIDATES_TRIED = 5
+QUICK_S = 1.0  # for one of several candidates to be reached, at first
 
 
 class Deltas:
@@ -90,7 +104,7 @@ class Embedded(Answered):
 
 class Answers:
     """`local` are the models that this node's user may ask here, served or not, and `held` offers them; `http` is shared with
-    the rest of the daemon, `clock` gives unix seconds.
+    the rest of the daemon, `clock` gives unix seconds, `search` looks for nodes on the DHTs.
     """
 
     def __init__(
@@ -102,7 +116,9 @@ class Answers:
         ways: Ways,
         http: aiohttp.ClientSession,
         clock: Callable[[], float],
+        search: Search,
     ) -> None:
+        self._search = search
         self._table = table
         self._local = local
         self._held = held
@@ -127,19 +143,44 @@ class Answers:
     async def _first(
         self, model: str | None, via: str, ask: Callable[[Choice, Provider], Awaitable[T]]
     ) -> T:
-        """What the first candidate that does not fail says to `ask`."""
+        """What the first candidate that does not fail says to `ask`.
+
+        Where several could answer, none that is gone holds the question up: each is given a second to be reached, and those that
+        took longer are tried again with patience before this node loads what it only holds.
+        """
         local = {one.offer.cid: one for one in self._local()}
-        failures: list[tuple[Choice, SwarmError]] = []
-        for choice in self._candidates(model, local):
-            provider = self._provider(choice, local, via)
+        choices = await self._found(model, local)
+        serving = [choice for choice in choices if choice.offer.serving]
+        failures: dict[Choice, SwarmError] = {}
+        waiting = deque((choice, QUICK_S if len(serving) > 1 else CONNECT_S) for choice in serving)
+        held = [choice for choice in choices if not choice.offer.serving]
+        while waiting or held:
+            choice, connect_s = waiting.popleft() if waiting else (held.pop(0), CONNECT_S)
+            provider = self._provider(choice, local, via, connect_s)
             if provider is None:
                 continue
             try:
                 return await ask(choice, provider)
             except (CallerError, PeerError, BackendError) as error:
                 _log.info("%s did not answer: %s", _who(choice), error)
-                failures.append((choice, error))
-        raise _nobody(model, failures)
+                failures[choice] = error
+                if isinstance(error, Unreachable) and connect_s < CONNECT_S:
+                    waiting.append((choice, CONNECT_S))
+        raise _nobody(model, list(failures.items()), via)
+
+    async def _found(self, model: str | None, local: Mapping[str, LocalModel]) -> list[Choice]:
+        """The candidates; looked for on the DHTs where none is known."""
+        try:
+            return self._candidates(model, local)
+        except (NotFound, Unserved):
+            await self._search(model, lambda: self._is_served(model, local))
+            return self._candidates(model, local)
+
+    def _is_served(self, model: str | None, local: Mapping[str, LocalModel]) -> bool:
+        try:
+            return bool(self._candidates(model, local))
+        except (NotFound, Unserved):
+            return False
 
     def _candidates(self, model: str | None, local: Mapping[str, LocalModel]) -> list[Choice]:
         """Whom to ask, best first; at least one. What this node only holds comes last, and is loaded when it is asked."""
@@ -165,7 +206,7 @@ class Answers:
         return serving + here
 
     def _provider(
-        self, choice: Choice, local: Mapping[str, LocalModel], via: str
+        self, choice: Choice, local: Mapping[str, LocalModel], via: str, connect_s: float
     ) -> Provider | None:
         if choice.local:
             here = local.get(choice.offer.cid)
@@ -175,7 +216,13 @@ class Answers:
         if peer is None:
             return None
         return PeerProvider(
-            peer, choice.offer.cid, ways=self._ways, http=self._http, clock=self._clock, via=via
+            peer,
+            choice.offer.cid,
+            ways=self._ways,
+            http=self._http,
+            clock=self._clock,
+            via=via,
+            connect_s=connect_s,
         )
 
     async def _begin(self, choice: Choice, provider: Provider, request: Request) -> Answer:
@@ -229,7 +276,9 @@ def _who(choice: Choice) -> str:
     return "this node" if choice.local else choice.offer.node[:16]
 
 
-def _nobody(model: str | None, failures: Sequence[tuple[Choice, SwarmError]]) -> SwarmError:
+def _nobody(
+    model: str | None, failures: Sequence[tuple[Choice, SwarmError]], via: str
+) -> SwarmError:
     """The one error for all that was tried: the caller's fault if it was, else who failed and why."""
     for _, error in failures:
         if isinstance(error, CallerError) and not isinstance(error, NotFound):
@@ -237,7 +286,12 @@ def _nobody(model: str | None, failures: Sequence[tuple[Choice, SwarmError]]) ->
     if len(failures) == 1 and failures[0][0].local:
         return failures[0][1]
     reasons = "; ".join(_reason(choice, error) for choice, error in failures)
-    return Unserved(model or "question", reasons or "the nodes that serve it are not known any more", "try again, or serve it here")
+    if via not in (AUTO, NEVER):
+        hint = "name a relay of a node that serves it (swarmctl peers), or leave --via out"
+        nobody = "no other node that serves it is known"
+        return Unserved(model or "question", reasons or nobody, hint)
+    gone = "the nodes that serve it are not known any more"
+    return Unserved(model or "question", reasons or gone, "try again, or serve it here")
 
 
 def _reason(choice: Choice, error: SwarmError) -> str:

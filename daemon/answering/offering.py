@@ -25,9 +25,6 @@ class Offering:
         """Every sound model, whether it is served or only held, and those of other servers."""
         return self._offers(self._sound()) + self._upstreams.offers()
 
-    async def describe(self) -> list[Offer]:
-        return self.offers()
-
     def served(self) -> list[LocalModel]:
         """The models that answer for everybody."""
         return [one for one in self.askable() if one.offer.serving]

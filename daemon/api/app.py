@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 
 from aiohttp import web
 
-from daemon.api import chat, guard, metrics, models, swarm
+from daemon import privacy
+from daemon.api import chat, guard, metrics, models, swarm, views
 from daemon.api.limits import LIMITS, Limits
 from daemon.api.openai import models as openai_models
 from daemon.api.openai import routes as openai
@@ -32,6 +34,7 @@ def create_app(services: Services, token: str, sessions: Sessions, limits: Limit
             web.get("/healthz", healthz, allow_head=False),
             web.get("/metrics", metrics.metrics, allow_head=False),
             web.get("/api/status", status, allow_head=False),
+            web.get("/api/privacy", tell_privacy, allow_head=False),
             web.post("/api/stop", stop),
             web.get("/v1/models", openai_models.list_models, allow_head=False),
             web.get("/v1/models/{id:.+}", openai_models.get_model, allow_head=False),
@@ -85,6 +88,12 @@ async def healthz(request: web.Request) -> web.StreamResponse:
 
 async def status(request: web.Request) -> web.StreamResponse:
     return web.json_response(await services(request).status())
+
+
+async def tell_privacy(request: web.Request) -> web.StreamResponse:
+    known = services(request)
+    facts = views.privacy_facts(await known.status(), len(known.upstreams.served()))
+    return web.json_response([asdict(told) for told in privacy.exposures(known.config, facts)])
 
 
 async def stop(request: web.Request) -> web.StreamResponse:

@@ -16,6 +16,7 @@ from daemon.api.services import Answer, Answers
 from daemon.api.tally import Tally
 from daemon.engine.interface import Delta, FinishReason, Request, Usage
 from daemon.errors import Busy, Unserved
+from daemon.peerapi.ways import AUTO
 from daemon.waiting import close
 
 TOGETHER: Final = 8  # answers to one caller that come at the same time; the rest of them waits here, not in a model's queue
@@ -62,14 +63,26 @@ class Reply:
 
 
 class Asking:
-    """The answers to `requests`, of which each `each` that follow one another have the same prompt."""
+    """The answers to `requests`, of which each `each` that follow one another have the same prompt.
 
-    def __init__(self, answers: Answers, tally: Tally, model: str | None, requests: Sequence[Request], each: int) -> None:
+    `via` is as `Answers.open` has it.
+    """
+
+    def __init__(
+        self,
+        answers: Answers,
+        tally: Tally,
+        model: str | None,
+        requests: Sequence[Request],
+        each: int,
+        via: str,
+    ) -> None:
         self._answers = answers
         self._tally = tally
         self._model = model
         self._requests = requests
         self._each = each
+        self._via = via
         self.replies: dict[int, Reply] = {}  # those that have begun
         self._coming: set[asyncio.Future[None]] = set()  # one for each that has begun and not ended
 
@@ -119,7 +132,7 @@ class Asking:
         """Where there is room for some of the answers and not for all, the others take turns. Raises what `Answers.open` does."""
         while True:
             try:
-                return await self._answers.open(self._model, self._requests[index])
+                return await self._answers.open(self._model, self._requests[index], via=self._via)
             except Busy:
                 if not self._coming:
                     raise
@@ -166,10 +179,15 @@ class Asking:
 
 @asynccontextmanager
 async def asking(
-    answers: Answers, tally: Tally, model: str | None, requests: Sequence[Request], each: int = 1
+    answers: Answers,
+    tally: Tally,
+    model: str | None,
+    requests: Sequence[Request],
+    each: int = 1,
+    via: str = AUTO,
 ) -> AsyncIterator[tuple[Asking, AsyncIterator[Part]]]:
     """Ask, and give the answers up (which cancels them where they are made) when the context ends, however it ends."""
-    asked = Asking(answers, tally, model, requests, each)
+    asked = Asking(answers, tally, model, requests, each, via)
     parts = asked.parts()
     try:
         yield asked, parts

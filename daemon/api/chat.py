@@ -18,8 +18,10 @@ from daemon.api.openai.requests import stop
 from daemon.api.services import services
 from daemon.api.sessions import MAX_TIMEOUT_S, SESSIONS, Question, Session
 from daemon.api.tally import TALLY
+from daemon.api.via import MAX_VIA, relay
 from daemon.engine.codec import INTEGERS, NUMBERS
 from daemon.engine.interface import ChatRequest, Sampling
+from daemon.peerapi.ways import AUTO
 from registry import codes
 
 Json = dict[str, Any]
@@ -27,12 +29,15 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A parsed question. `model` is as it was named; None leaves the choice to the session, or to the routing rule."""
+    """A parsed question. `model` is as it was named; None leaves the choice to the session, or to
+    the routing rule. `via` is as it was written; `_asking` finds the node.
+    """
 
     model: str | None
     session: str | None
     stream: bool
     request: ChatRequest
+    via: str
 
 
 async def whole_chat(request: web.Request) -> web.StreamResponse:
@@ -60,7 +65,9 @@ def parse(fields: Fields, *, streams: bool = False) -> Asked:
         "stop": stop(fields),
     }
     sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
-    asked = Asked(model, session, streams and fields.flag("stream"), ChatRequest(messages(fields), sampling))
+    via = fields.text("via", MAX_VIA) or AUTO
+    stream = streams and fields.flag("stream")
+    asked = Asked(model, session, stream, ChatRequest(messages(fields), sampling), via)
     fields.done()
     return asked
 
@@ -103,12 +110,20 @@ def _in_session(request: web.Request, asked: Asked) -> Iterator[tuple[Asked, Que
 
 
 def _asking(request: web.Request, asked: Asked) -> AbstractAsyncContextManager[tuple[Asking, AsyncIterator[Part]]]:
-    return asking(services(request).answers, request.app[TALLY], asked.model, [asked.request])
+    """Raises what `via.relay` does."""
+    known = services(request)
+    through = relay(asked.via, known.peers.peers())
+    return asking(known.answers, request.app[TALLY], asked.model, [asked.request], via=through)
 
 
 def _who(reply: Asking) -> Json:
     answer = reply.first.answer
-    return {"answered_by": answer.answered_by, "code": codes.short(answer.code), "name": answer.name}
+    return {
+        "answered_by": answer.answered_by,
+        "via": answer.via,
+        "code": codes.short(answer.code),
+        "name": answer.name,
+    }
 
 
 def _end(reply: Asking) -> Json:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from daemon.config import Config
 from daemon.engine.interface import Delta, EmbeddingRequest, Embeddings, Request, Served, ServeOptions
 from daemon.errors import SwarmError
 from registry.records import Address, Announcement, Model, Offer, Peer, Trust
@@ -115,7 +116,7 @@ class Gossip(Protocol):
 
 
 class Answered(Protocol):
-    """Who answered, and as which model."""
+    """Who answered, as which model, and through whom."""
 
     @property
     def answered_by(self) -> str: ...
@@ -123,6 +124,10 @@ class Answered(Protocol):
     def code(self) -> str: ...
     @property
     def name(self) -> str: ...
+    @property
+    def via(self) -> str | None:
+        """The node key of the relay that carries the answer; None without one."""
+        ...
 
 
 class Answer(Answered, Protocol):
@@ -138,8 +143,12 @@ class Embedded(Answered, Protocol):
 
 
 class Answers(Protocol):
-    async def open(self, model: str | None, request: Request, /) -> Answer:
-        """Choose who answers and begin. `model` is a code, CID or name; None: the routing rule chooses."""
+    async def open(self, model: str | None, request: Request, /, *, via: str = ...) -> Answer:
+        """Choose who answers and begin.
+
+        `model` is a code, CID or name; None: the routing rule chooses. `via` is `auto`, `never`
+        (no relay) or the node key of the relay through which the answer must come.
+        """
         ...
 
     async def embed(self, model: str | None, request: EmbeddingRequest, /) -> Embedded: ...
@@ -162,8 +171,13 @@ class TrustBook(Protocol):
 
 @dataclass(frozen=True)
 class Services:
-    """Everything that a route may touch. `status` gives `GET /api/status` whole; `stop` asks the daemon to end and returns."""
+    """Everything that a route may touch.
 
+    `status` gives `GET /api/status` whole; `stop` asks the daemon to end and returns. `reached_via`
+    is the relay through which a node was reached last, None when it was none.
+    """
+
+    config: Config
     library: Library
     pull: Pull
     publish: Publish
@@ -171,6 +185,7 @@ class Services:
     serving: Serving
     upstreams: Upstreams
     peers: PeerTable
+    reached_via: Callable[[str], str | None]
     own_offers: Callable[[], Sequence[Offer]]
     gossip: Gossip
     answers: Answers

@@ -7,7 +7,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from daemon.api.services import KeyEntry, Services, Transfer, Upstream
+from daemon.api.via import relays_of
 from daemon.engine.interface import Served, Usage
+from daemon.privacy import Facts
 from registry import codes, refs, routing
 from registry.address import format_address
 from registry.records import Model, Peer
@@ -103,6 +105,7 @@ def upstream(services: Services, served: Upstream) -> dict[str, Any]:
 
 
 def peer(services: Services, item: Peer) -> dict[str, Any]:
+    """`relays` carry for it, `relay`: it carries for others, `via`: through whom it was reached."""
     offers = [offer for offer in services.peers.offers() if offer.node == item.node]
     return {
         "node": item.node,
@@ -111,7 +114,22 @@ def peer(services: Services, item: Peer) -> dict[str, Any]:
         "models": len(offers),
         "serving": sorted(code_of(offer.cid, offer.infohash_v2) for offer in offers if offer.serving),
         "expires": iso(item.expires),
+        "relays": relays_of(item),
+        "relay": item.relay,
+        "via": services.reached_via(item.node),
     }
+
+
+def privacy_facts(status: Mapping[str, Any], upstreams: int) -> Facts:
+    """What privacy asks of `GET /api/status`; `upstreams`: served models of other servers."""
+    return Facts(
+        models=status["models"],
+        serving=len(status["serving"]),
+        upstreams=upstreams,
+        relays=len(status["relays"]),
+        relaying=status["relaying"]["enabled"],
+        closed=status["swarm"]["closed"],
+    )
 
 
 def key(entry: KeyEntry) -> dict[str, Any]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from daemon.errors import Busy, Refused, SwarmError
 from daemon.gossip.peers import PeerTable
-from registry.errors import Malformed, NotVerified, Repeated, Stale
+from registry.errors import Malformed, Misdated, NotVerified, Repeated, Stale
 from registry.records import Announcement
+
+_JUDGED = 32
+_SUSPECT = 3  # wrong times of others that are one's own
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ class Ear:
         self._pass_on = pass_on
         self._behind = behind
         self._refusal = ""
+        self._dated_wrong: deque[bool] = deque(maxlen=_JUDGED)  # of the last announcements
 
     async def receive(self, envelope: bytes) -> Announcement:
         """Believe an announcement if it holds. Raises `Malformed`, `NotVerified`, `Stale`, `Refused` or `Busy`."""
@@ -42,6 +47,7 @@ class Ear:
         except REFUSALS as error:
             self._note(error)
             raise
+        self._dated_wrong.append(False)
         if self._table.is_behind(said.node):
             self._behind()
         new = said.node not in self.heard
@@ -67,11 +73,18 @@ class Ear:
                 self._pass_on(envelope)
         return heard
 
+    @property
+    def clock_is_off(self) -> bool:
+        """Whether most of what others say has a wrong time: then it is more likely ours that is wrong."""
+        return sum(self._dated_wrong) >= max(_SUSPECT, len(self._dated_wrong) / 2)
+
     def forget(self) -> None:
         """Whoever was heard has to be reached again."""
         self.heard.clear()
 
     def _note(self, error: Exception) -> None:
+        if isinstance(error, Misdated):
+            self._dated_wrong.append(True)
         # The same reason again and again, as from a node whose clock is off, is one line in the log.
         if str(error) != self._refusal and not isinstance(error, Repeated):
             self._refusal = str(error)

@@ -5,6 +5,7 @@
 Each envelope is the signed text as its node wrote it, so it does not matter who passes it on; whoever speaks puts its own
 first. `have` says whose newest word is known (a node is named by the first 16 hex digits of its key): what is newer is given,
 and what `want` asks for. Without `have` nothing is asked. Both are about the one who sends them, so a lie costs only the liar.
+In a closed swarm both bodies are sealed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 import aiohttp
 
 from daemon.errors import Unserved, VerificationError
-from daemon.peerapi.ways import CONNECT_S
+from daemon.membership import Membership
+from daemon.peerapi.ways import CONNECT_S, Way
 from registry import announcement as rules
 from registry import strictjson
 from registry.errors import Malformed, NotVerified
@@ -28,6 +30,8 @@ PATH = "/swarm/1/announce"
 BODY_LIMIT = 256 << 10  # bytes, both ways
 MAX_HAVE = 4096  # nodes
 MAX_WANT = 64  # nodes
+MEDIA_TYPE = "application/json"  # in the open swarm
+BROUGHT, GIVEN = "exchange brought", "exchange given"  # what is sealed: the body of the request, and of its answer
 _EXCHANGE_S = 5.0
 _ID = re.compile("[0-9a-f]{16}")
 
@@ -41,8 +45,8 @@ class Words:
     want: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
-def body(words: Words) -> bytes:
-    """As many envelopes, in order, as `BODY_LIMIT` has room for."""
+def body(words: Words, what: str, membership: Membership) -> bytes:
+    """As many envelopes, in order, as `BODY_LIMIT` has room for, sealed as `what`: `BROUGHT` or `GIVEN`."""
     fields: dict[str, Any] = {}
     if words.have is not None:
         fields["have"] = dict(list(words.have.items())[:MAX_HAVE])
@@ -56,11 +60,12 @@ def body(words: Words) -> bytes:
         if room < 0:
             break
         chosen.append(envelope.decode())
-    return strictjson.dumps({**fields, "envelopes": chosen})
+    return membership.seal(strictjson.dumps({**fields, "envelopes": chosen}), what)
 
 
-def parse(data: bytes) -> Words:
-    """The words in a body, their envelopes unchecked. Raises `Malformed`."""
+def parse(sealed: bytes, what: str, membership: Membership) -> Words:
+    """The words in a body, their envelopes unchecked. Raises `Malformed`, `NotVerified` when no member sealed it."""
+    data = membership.open(sealed, what, limit=BODY_LIMIT)
     fields = strictjson.loads(data, limit=BODY_LIMIT, what="the exchange")
     if not isinstance(fields, dict) or not fields.keys() <= {"envelopes", "have", "want"}:
         raise Malformed("the exchange must be an object with envelopes")
@@ -100,30 +105,35 @@ def speaker(envelope: bytes) -> Announcement:
         raise VerificationError("announcement", str(error)) from error
 
 
-async def post(http: aiohttp.ClientSession, url: str, words: Words) -> Words:
-    """Give `words` to the peer API at `url` and return what it gives. Raises `Unserved` or `VerificationError`."""
+async def post(
+    http: aiohttp.ClientSession, way: Way, words: Words, membership: Membership
+) -> Words:
+    """Give `words` to the peer API at `way` and return what it gives. Raises `Unserved` or `VerificationError`."""
     timeout = aiohttp.ClientTimeout(total=_EXCHANGE_S, sock_connect=CONNECT_S)
-    headers = {"Content-Type": "application/json"}
+    headers = {**way.headers, "Content-Type": membership.media_type(MEDIA_TYPE)}
+    said = body(words, BROUGHT, membership)
     try:
-        async with http.post(url + PATH, data=body(words), headers=headers, timeout=timeout, allow_redirects=False) as response:
+        async with http.post(
+            way.url + PATH, data=said, headers=headers, timeout=timeout, allow_redirects=False
+        ) as response:
             if response.status != 200:
                 raise Unserved("peer", f"its peer API answered {response.status}")
-            data = await _bounded(response)
+            data = await _bounded(response, BODY_LIMIT + membership.overhead)
     except (aiohttp.ClientError, ConnectionError) as error:
         raise Unserved("peer", "nothing answers there") from error
     except TimeoutError as error:
         raise Unserved("peer", f"nothing answered within {_EXCHANGE_S:.0f} s") from error
     try:
-        return parse(data)
-    except Malformed as error:
+        return parse(data, GIVEN, membership)
+    except (Malformed, NotVerified) as error:
         raise VerificationError("peer", str(error)) from error
 
 
-async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
     data = bytearray()
     async for piece in response.content.iter_any():
         data += piece
-        if len(data) > BODY_LIMIT:
+        if len(data) > limit:
             raise VerificationError("peer", "it sent more than an exchange may have")
     return bytes(data)
 

@@ -24,6 +24,7 @@ from daemon.gossip.transport import Transport
 from daemon.gossip.wants import Wants
 from daemon.ipfs.interface import IpfsNode
 from daemon.ledger import LedgerThread
+from daemon.membership import Membership
 from daemon.peerapi.limits import Limits
 from daemon.peerapi.server import Route
 from daemon.peerapi.ways import Ways
@@ -48,6 +49,7 @@ class Gossip:
         supervisor: Supervisor,
         ways: Ways,
         http: aiohttp.ClientSession,
+        membership: Membership,
         ipfs_within: Callable[[], Awaitable[IpfsNode | None]],
         heartbeat_s: float,
         join: Sequence[Address] = (),
@@ -61,10 +63,13 @@ class Gossip:
             pass_on=self._pass_on,
             behind=lambda: self.wants.note(),
         )
-        self.meeting = Meeting(pages.node, ways, http, self.ear, table, own_news=self.own_news)
+        self.meeting = Meeting(
+            pages.node, ways, http, self.ear, table, membership, own_news=self.own_news
+        )
         self.pubsub = Pubsub(
             self.ear,
             supervisor,
+            membership,
             on_neighbour=self.pace.greet,
             on_heard=self._on_heard,
             on_question=self._on_question,
@@ -76,6 +81,7 @@ class Gossip:
             table=table,
             ledger=ledger,
             supervisor=supervisor,
+            membership=membership,
             ipfs=ipfs_within,
             join=join,
         )
@@ -84,6 +90,7 @@ class Gossip:
             self.ear,
             table,
             supervisor,
+            membership,
             joined=self.joiner.peers,
             with_ipfs=self._with_ipfs,
             limits=limits,

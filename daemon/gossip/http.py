@@ -22,10 +22,11 @@ from daemon.gossip.ear import Ear
 from daemon.gossip.exchange import Words
 from daemon.gossip.meeting import Meeting
 from daemon.gossip.peers import PeerTable
+from daemon.membership import Membership
 from daemon.peerapi.limits import Limits
 from daemon.peerapi.server import Route, read_body, source_of
 from daemon.supervise import Supervisor
-from registry.errors import Malformed
+from registry.errors import Malformed, NotVerified
 from registry.records import Announcement, Peer
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Http:
         ear: Ear,
         table: PeerTable,
         supervisor: Supervisor,
+        membership: Membership,
         *,
         joined: Callable[[], Iterable[Peer]],
         with_ipfs: Callable[[], bool],
@@ -53,6 +55,7 @@ class Http:
         self._ear = ear
         self._table = table
         self._supervisor = supervisor
+        self._membership = membership
         self._joined = joined
         self._with_ipfs = with_ipfs
         self._newest: Sequence[bytes] = ()
@@ -98,15 +101,18 @@ class Http:
         source = source_of(request)
         if not self._exchanges.take(source):
             raise Busy("announcements", "they come too fast", "slow down")
-        data = await read_body(request, exchange.BODY_LIMIT, "application/json")
+        kind = self._membership.media_type(exchange.MEDIA_TYPE)
+        limit = exchange.BODY_LIMIT + self._membership.overhead
+        data = await read_body(request, limit, kind)
         try:
-            brought = exchange.parse(data)
-        except Malformed as error:
+            brought = exchange.parse(data, exchange.BROUGHT, self._membership)
+        except (Malformed, NotVerified) as error:
             raise UsageError("announcements", str(error)) from error
         if not self._envelopes.take(source, cost=len(brought.envelopes)):
             raise Busy("announcements", "they are too many", "slow down")
-        answer = exchange.body(await self.exchange(brought))
-        return web.Response(body=answer, content_type="application/json")
+        given = await self.exchange(brought)
+        answer = exchange.body(given, exchange.GIVEN, self._membership)
+        return web.Response(body=answer, content_type=kind)
 
     async def exchange(self, brought: Words) -> Words:
         """One exchange: take in what is right of what somebody brought, give back what they lack."""

@@ -18,7 +18,7 @@ from daemon.gossip.meeting import Meeting
 from daemon.gossip.peers import PeerTable
 from daemon.ipfs.interface import IpfsNode
 from daemon.ledger import LedgerThread
-from daemon.peerapi.server import PROTOCOL
+from daemon.membership import Membership
 from daemon.peerapi.ways import Way, reach
 from daemon.supervise import Supervisor
 from registry.address import format_address, parse_address
@@ -32,7 +32,7 @@ JOINED_LIMIT = 64
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 OLD_FRIENDS = 8  # remembered nodes tried at once by a node that hears nobody
-_JOINED = "swarm.joined"
+JOINED = "swarm.joined"  # in the ledger
 _LOOK_S = 0.5
 _BOTH_S = 1.5  # how long a join that has worked over one part waits for the other
 
@@ -58,6 +58,7 @@ class Joiner:
         table: PeerTable,
         ledger: LedgerThread,
         supervisor: Supervisor,
+        membership: Membership,
         ipfs: Callable[[], Awaitable[IpfsNode | None]],
         join: Sequence[Address] = (),
     ) -> None:
@@ -67,13 +68,14 @@ class Joiner:
         self._table = table
         self._ledger = ledger
         self._supervisor = supervisor
+        self._membership = membership
         self._ipfs = ipfs
         self._settings = join
         self._joined: dict[str, Address] = {}
         self._contacts: dict[str, _Contact] = {}
 
     async def start(self) -> None:
-        stored = await self._ledger.call(Ledger.get_meta, _JOINED)
+        stored = await self._ledger.call(Ledger.get_meta, JOINED)
         self._joined = {address.node: address for address in map(parse_address, json.loads(stored or "[]"))}
         for address in [*self._settings, *self._joined.values()]:
             if address.node != self._own:
@@ -92,7 +94,7 @@ class Joiner:
             oldest = next(iter(self._joined))
             del self._joined[oldest]
             self._table.release(oldest)
-        await self._ledger.call(Ledger.set_meta, _JOINED, json.dumps([format_address(one) for one in self._joined.values()]))
+        await self._ledger.call(Ledger.set_meta, JOINED, json.dumps([format_address(one) for one in self._joined.values()]))
         self._contacts[format_address(address)] = _Contact(address)
         return peer
 
@@ -149,8 +151,9 @@ class Joiner:
             raise Unserved("peer", "IPFS is not running here")
         peer_id = peer_of(address.ipfs[0])
         await reach(ipfs, peer_id, address.ipfs)
-        async with ipfs.dial(PROTOCOL, peer_id) as (host, port):
-            peer = await self._meeting.over(Way(f"http://{host}:{port}"), address.node, joined=joined)
+        async with ipfs.dial(self._membership.protocol, peer_id) as (host, port):
+            way = Way(f"http://{host}:{port}", node=address.node)
+            peer = await self._meeting.over(way, address.node, joined=joined)
         if peer.peer_id != peer_id:
             raise VerificationError("peer", "another node answers there")
         return peer

@@ -12,7 +12,8 @@ from daemon.gossip import exchange
 from daemon.gossip.ear import Ear
 from daemon.gossip.exchange import Words
 from daemon.gossip.peers import PeerTable
-from daemon.peerapi.ways import Way, Ways
+from daemon.membership import Membership
+from daemon.peerapi.ways import CONNECT_S, Way, Ways
 from registry import announcement as rules
 from registry.records import Address, Peer
 
@@ -27,6 +28,7 @@ class Meeting:
         http: aiohttp.ClientSession,
         ear: Ear,
         table: PeerTable,
+        membership: Membership,
         *,
         own_news: Callable[[int, Collection[int]], Awaitable[list[bytes]]],
     ) -> None:
@@ -35,20 +37,23 @@ class Meeting:
         self._http = http
         self._ear = ear
         self._table = table
+        self._membership = membership
         self._own_news = own_news
         self._random = random.Random()
 
-    async def meet(self, address: Address, *, joined: bool = False) -> Peer:
+    async def meet(
+        self, address: Address, *, joined: bool = False, deadline_s: float = CONNECT_S
+    ) -> Peer:
         """The node at an address that a person gave, or that was met before; one that was `joined` finds a place for ever.
 
         Raises `Unserved` with each way that failed, `VerificationError` when another node answers.
         """
-        async with self._ways.to_address(address) as way:
+        async with self._ways.to_address(address, deadline_s=deadline_s) as way:
             return await self.over(way, address.node, joined=joined)
 
     async def over(self, way: Way, node: str, *, joined: bool = False) -> Peer:
         """The node at the end of a way; `node` is the key that is expected there, empty when it is not known."""
-        answer = await exchange.post(self._http, way.url, self._asking(await self._own_news(0, ())))
+        answer = await self._post(way, self._asking(await self._own_news(0, ())))
         if not answer.envelopes:
             raise Unserved("peer", "it says nothing about itself")
         said = exchange.speaker(answer.envelopes[0])
@@ -67,20 +72,23 @@ class Meeting:
     async def tell(self, peer: Peer, words: Sequence[bytes]) -> None:
         """Give our words to a node that is known, and each what the other lacks. Raises `Unserved` or `VerificationError`."""
         async with self._ways.to(peer) as way:
-            answer = await exchange.post(self._http, way.url, self._asking(words))
+            answer = await self._post(way, self._asking(words))
             await self._ear.take_in(answer.envelopes)
             await self._give(way, answer)
 
     async def bid_farewell(self, peer: Peer, words: Sequence[bytes]) -> None:
         """Give our words and ask nothing. Raises as `tell` does."""
         async with self._ways.to(peer) as way:
-            await exchange.post(self._http, way.url, Words(words))
+            await self._post(way, Words(words))
 
     async def answer(self, brought: Words) -> Words:
         """What is given to somebody who brought these words: what they lack of us and of the others, and what we lack."""
         if brought.have is None:
             return Words()
         return self._asking(await self._lacked(brought))
+
+    async def _post(self, way: Way, words: Words) -> Words:
+        return await exchange.post(self._http, way, words, self._membership)
 
     def _asking(self, words: Sequence[bytes]) -> Words:
         return Words(words, self._table.have(), self._table.want(exchange.MAX_WANT))
@@ -91,7 +99,7 @@ class Meeting:
             return
         lacked = await self._lacked(answer, own_too=self._own_id in answer.want)
         if lacked:
-            await exchange.post(self._http, way.url, Words(lacked))
+            await self._post(way, Words(lacked))
 
     async def _lacked(self, words: Words, *, own_too: bool = True) -> list[bytes]:
         have = words.have or {}

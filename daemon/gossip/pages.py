@@ -8,7 +8,7 @@ for another reason, or after `REFRESH` lifetimes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -49,7 +49,7 @@ class _Page:
 
 
 class OwnPages:
-    """`card` says how this node is reached, `describe` gives its offers, `clock` unix seconds."""
+    """`card` says how this node is reached, `offers` gives its offers, `clock` unix seconds."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class OwnPages:
         ledger: LedgerThread,
         *,
         card: Callable[[], Card],
-        describe: Callable[[], Awaitable[Sequence[Offer]]],
+        offers: Callable[[], Sequence[Offer]],
         clock: Callable[[], float],
     ) -> None:
         self.node = key_name(key)
@@ -65,7 +65,7 @@ class OwnPages:
         self._key = key
         self._ledger = ledger
         self._card = card
-        self._describe = describe
+        self._offers = offers
         self._clock = clock
         self._sequence = 0
         self._reserved = 0
@@ -147,7 +147,7 @@ class OwnPages:
     async def _compose(self, lifetime_s: float, *, beat: bool) -> None:
         """Sign the pages that changed; if none did, and one is due or the card changed, a beat."""
         self._outdated = False
-        dealt = paging.assign([_cids(page) for page in self._pages], await self._describe())
+        dealt = paging.assign([_cids(page) for page in self._pages], self._offers())
         base = self._base(lifetime_s)
         long_ago = self._clock() - REFRESH * lifetime_s
         changed = [

@@ -1,4 +1,8 @@
-"""Words over IPFS pubsub: the transport that reaches everybody who listens to the topic."""
+"""Words over IPFS pubsub: the transport that reaches everybody who listens to the topic of our swarm.
+
+In a closed swarm each message is sealed. Its topic is no secret to the libp2p peers of a member, so that strangers may write there:
+what does not open is dropped without a word, and counts against the rate of whoever sent it.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,15 @@ from daemon.errors import Unavailable
 from daemon.gossip import exchange
 from daemon.gossip.ear import REFUSALS, Ear
 from daemon.ipfs.interface import IpfsNode, PeerIdentity
-from daemon.peerapi.server import PROTOCOL
+from daemon.membership import Membership
 from daemon.supervise import Supervisor
 from registry import announcement as rules
 from registry import strictjson
-from registry.errors import Malformed
 from registry.records import Announcement
 
 _log = logging.getLogger(__name__)
 
-TOPIC = "/swarmctl/1/announce"
+_SEALED = "announcement"  # what is sealed
 _QUESTION = b'{"want"'
 _MAX_QUESTION = 4096  # bytes
 _PASSED_ON = 64  # envelopes of nodes without IPFS that wait to be passed on
@@ -37,6 +40,7 @@ class Pubsub:
         self,
         ear: Ear,
         supervisor: Supervisor,
+        membership: Membership,
         *,
         on_neighbour: Callable[[], None],
         on_heard: Callable[[Announcement], None],
@@ -48,6 +52,7 @@ class Pubsub:
         self.neighbours: frozenset[str] = frozenset()  # peer ids that listen to the topic and are connected to us
         self._ear = ear
         self._supervisor = supervisor
+        self._membership = membership
         self._on_neighbour = on_neighbour
         self._on_heard = on_heard
         self._on_question = on_question
@@ -100,23 +105,27 @@ class Pubsub:
         node = self.node
         if node is not None:
             for envelope in envelopes:
-                await node.publish(TOPIC, envelope)
+                sealed = self._membership.seal(envelope, _SEALED)
+                await node.publish(self._membership.topic, sealed)
 
     async def _take_streams(self, node: IpfsNode) -> None:
-        await node.listen(PROTOCOL, self.streams_port)
+        await node.listen(
+            self._membership.protocol, self.streams_port, report_peer_id=True
+        )
 
     async def _hear(self, node: IpfsNode) -> None:
         # Renewed with the subscription: a node that somebody else runs may have been restarted without a word.
         await self._take_streams(node)
         own = (await node.identity()).peer_id
-        async for message in node.subscribe(TOPIC):
+        async for message in node.subscribe(self._membership.topic):
             if message.sender == own or not self._senders.take(message.sender):
                 continue
-            if message.data.startswith(_QUESTION):
-                self._hear_question(message.data)
-                continue
             try:
-                said = await self._ear.receive(message.data)
+                word = self._membership.open(message.data, _SEALED, limit=rules.MAX_ENVELOPE)
+                if word.startswith(_QUESTION):
+                    self._hear_question(word)
+                    continue
+                said = await self._ear.receive(word)
             except REFUSALS:
                 continue
             _log.debug("%s announced %d offers", said.node[:16], len(said.offers))
@@ -124,17 +133,13 @@ class Pubsub:
         raise Unavailable("pubsub", "the subscription ended")
 
     def _hear_question(self, data: bytes) -> None:
-        """Nobody signs a question: it costs at most what `OwnPages.ask_for` allows, whoever asks."""
-        try:
-            fields = strictjson.loads(data, limit=_MAX_QUESTION, what="the question")
-            want = exchange.wanted(fields.get("want"))
-        except Malformed:
-            return
-        self._on_question(want)
+        """Nobody signs a question: it costs at most what `OwnPages.ask_for` allows, whoever asks. Raises `Malformed`."""
+        fields = strictjson.loads(data, limit=_MAX_QUESTION, what="the question")
+        self._on_question(exchange.wanted(fields.get("want")))
 
     async def _watch_neighbours(self, node: IpfsNode) -> None:
         while True:
-            now = frozenset(await node.topic_peers(TOPIC))
+            now = frozenset(await node.topic_peers(self._membership.topic))
             if now - self.neighbours:
                 self._on_neighbour()
             self.neighbours = now

@@ -42,7 +42,8 @@ Say = Callable[[str], None]
 MINIMUM: Version = (0, 43, 0, True)  # below it pubsub has CVE-2026-46679
 GOMOD = Path(__file__).parent / "gomod"
 
-_CONNECT_S = 6.0  # all hosts are tried at once; a machine without a network should not wait before it builds
+_CONNECT_S = 6.0  # for all hosts together; a machine without a network should not wait before it builds
+_HEAD_START_S = 3.0  # of a host before the next one is asked too
 _STALL_S = 20.0
 _MAX_ARCHIVE = 256 << 20  # the release is about 50 MB
 _MAX_BINARY = 512 << 20
@@ -64,7 +65,8 @@ class Release:
 
 KUBO = Release(
     version="0.43.1",
-    bases=("https://dist.ipfs.tech/kubo/v0.43.1", "https://github.com/ipfs/kubo/releases/download/v0.43.1"),
+    # The distribution host of the project's former maintainers is the last resort: it is down since October 2026.
+    bases=("https://github.com/ipfs/kubo/releases/download/v0.43.1", "https://dist.ipfs.tech/kubo/v0.43.1"),
     sha512=MappingProxyType(
         {
             "linux-amd64": "ff53b2428794fc8cca39505d28c15b4cceaef4b90a09284f291f611fcdc8c063"
@@ -190,12 +192,14 @@ def _download(release: Release, new: Path, say: Say) -> None:
 
 
 def _first_answer(urls: list[str], reasons: list[str]) -> tuple[str, HTTPResponse]:
-    """The first of `urls` that answers 200. All are tried at once, so that one dead host, or no name server, costs seconds.
+    """The first of `urls` that answers 200, of all within six seconds.
 
-    Those that failed are taken out of `urls`.
+    They are asked in their order: the next one when the one before has failed, or has been silent for three seconds, so that one
+    dead host, or no name server, costs seconds. Those that failed are taken out of `urls`.
     """
     answers: queue.SimpleQueue[tuple[str, HTTPResponse | Exception]] = queue.SimpleQueue()
     chosen = threading.Lock()  # held for good by the first answer
+    unasked = list(urls)
 
     def ask(url: str) -> None:
         try:
@@ -208,14 +212,20 @@ def _first_answer(urls: list[str], reasons: list[str]) -> tuple[str, HTTPRespons
         else:
             response.close()
 
-    for url in urls:
+    def ask_next() -> None:
         # A daemon thread, because nothing can interrupt a name server that does not answer.
-        threading.Thread(target=ask, args=(url,), daemon=True).start()
+        threading.Thread(target=ask, args=(unasked.pop(0),), daemon=True).start()
+
     deadline = time.monotonic() + _CONNECT_S
+    ask_next()
     while urls:
+        left = max(0.0, deadline - time.monotonic())
         try:
-            url, answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            url, answer = answers.get(timeout=min(left, _HEAD_START_S) if unasked else left)
         except queue.Empty:
+            if unasked and left > _HEAD_START_S:
+                ask_next()
+                continue
             if chosen.acquire(blocking=False):
                 reasons.append(f"{', '.join(map(_host, urls))}: no answer within {_CONNECT_S:.0f} s")
                 break
@@ -224,6 +234,8 @@ def _first_answer(urls: list[str], reasons: list[str]) -> tuple[str, HTTPRespons
             return url, answer
         reasons.append(f"{_host(url)}: {_short(answer)}")
         urls.remove(url)
+        if unasked:
+            ask_next()
     raise Unavailable("Kubo release", "; ".join(reasons))
 
 

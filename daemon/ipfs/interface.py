@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from daemon.ipfs.reach import Reachability
+
 
 @dataclass(frozen=True, slots=True)
 class PeerIdentity:
@@ -27,6 +29,24 @@ class PubsubMessage:
 
     sender: str
     data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One libp2p connection. `address` is the far end without its peer id; `relayed`: it goes through a third node."""
+
+    peer_id: str
+    address: str
+    inbound: bool
+    relayed: bool  # carries neither blocks nor streams nor pubsub until a hole is punched
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """Somebody who says to have a block. `addresses` end in /p2p/ID, at most 16; without any it may be dialled by its id."""
+
+    peer_id: str
+    addresses: tuple[str, ...]
 
 
 class IpfsNode(Protocol):
@@ -87,17 +107,55 @@ class IpfsNode(Protocol):
     async def topic_peers(self, topic: str) -> list[str]: ...
 
     async def connect(self, multiaddr: str, *, deadline_s: float) -> None:
-        """Connect to a peer and keep the connection. Raises `Unserved` with the reason when it cannot be reached."""
+        """Connect to a peer directly, by a punched hole where need be, and keep the connection.
+
+        Raises `Unserved` with the reason when it cannot be reached, or only through a relay.
+        """
         ...
 
     async def peers(self) -> list[str]:
-        """Peer ids of the connected peers."""
+        """Peer ids of the peers with a direct connection."""
         ...
 
-    async def listen(self, protocol: str, port: int) -> None:
+    async def connections(self) -> list[Connection]:
+        """Every connection, also several with one peer; at most 4096."""
+        ...
+
+    async def reachability(self) -> Reachability:
+        """What the node found out, or was told, about being dialled by strangers; `unknown` where it cannot say."""
+        ...
+
+    async def known_peers(self) -> tuple[str, ...]:
+        """Peers to enter the public network by at the next start: multiaddrs, the oldest acquaintance first, at most 16.
+
+        They were dialled directly, are public, and were connected at every call of the last minute and more: ask every minute.
+        """
+        ...
+
+    async def provide(self, block: bytes, *, deadline_s: float) -> str:
+        """Pin a small block (<= 1 MiB) and tell the DHT that it is here; return its CID.
+
+        Raises `Unserved` when nobody could be told by the deadline; the block stays, and telling it again is allowed. The DHT
+        remembers it for up to 48 hours, and the node tells it again every 22 hours until `unprovide`.
+        """
+        ...
+
+    async def unprovide(self, cid: str) -> None:
+        """Forget a block of `provide`. What the DHT was told runs out by itself. An unknown CID is no error."""
+        ...
+
+    def providers(self, cid: str, *, limit: int, deadline_s: float) -> AsyncIterator[Provider]:
+        """Who says to have `cid`, as the DHT names them: each peer once, never ourselves, at most `limit` (and 256).
+
+        Ends at the deadline without an error. It is a stranger's word.
+        """
+        ...
+
+    async def listen(self, protocol: str, port: int, *, report_peer_id: bool) -> None:
         """Hand incoming libp2p streams of `protocol` to 127.0.0.1:`port`. Calling it again replaces the target.
 
-        Each stream begins with a line that holds the peer id of whoever opened it.
+        With `report_peer_id` each connection begins with a line of its own, the peer's id in base58. It is for ceilings: any
+        process of this machine can connect to the port and write it.
         """
         ...
 

@@ -1,11 +1,7 @@
 """Our own Kubo: a child process with a repository under the data folder, started, watched and stopped.
 
-What its configuration promises (kubo docs/config.md):
-
-- `loopback`: one TCP listener on 127.0.0.1; no DHT, bootstrap, mDNS, relays, UPnP; every other address is filtered, also to dial.
-- `lan`: no DHT and no bootstrap; peers by mDNS; every address outside private ranges is filtered.
-- `public`: Kubo's own defaults for routing, relays and hole punching.
-- Everywhere: RPC on a unix socket in a folder that only we may enter, no gateway port, telemetry off.
+Its RPC is on a unix socket in a folder that only we may enter, its telemetry is off; what it is told
+besides stands in settings.py.
 """
 
 from __future__ import annotations
@@ -19,14 +15,16 @@ import shutil
 import signal
 import stat
 import tempfile
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from daemon import orphan
 from daemon.config import Network
-from daemon.errors import Unavailable, UsageError
+from daemon.errors import Unavailable
+from daemon.ipfs.gate import RelayGate
+from daemon.ipfs.reach import Reach
 from daemon.ipfs.rpc import Rpc
+from daemon.ipfs.settings import apply_settings
 
 _SOCKET_PATH_LIMIT = 103  # bytes; sun_path has 104 on macOS and 108 on Linux, the last one is a NUL
 _LOCK_WAIT_S = 5.0  # a child whose daemon was killed needs a moment to die
@@ -36,9 +34,6 @@ _STOP_S = 3.5
 _MAX_LOG = 4 << 20  # bytes; a longer log starts anew with the child
 _HINT = "logs/kubo.log says more; swarmctl doctor checks the set-up"
 
-_LOOPBACK = ("127.0.0.0/8",)
-_PRIVATE = (*_LOOPBACK, "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "::1/128", "fc00::/7", "fe80::/10")
-
 
 class KuboProcess:
     """One life of Kubo: `start()`, then `wait()` for its end or `stop()` it. A supervisor makes a new one for the next life.
@@ -46,13 +41,25 @@ class KuboProcess:
     `repo` is an absolute path; files to be added in place must be named with its parent as it is spelt here.
     """
 
-    def __init__(self, binary: Path, repo: Path, *, network: Network, port: int, max_connections: int, log: Path) -> None:
+    def __init__(
+        self,
+        binary: Path,
+        repo: Path,
+        *,
+        network: Network,
+        port: int,
+        max_connections: int,
+        log: Path,
+        reach: Reach | None = None,
+    ) -> None:
         self._binary = binary
         self._repo = repo
         self._network: Network = network
         self._port = port
         self._max_connections = max_connections
         self._log = log
+        self._reach = reach or Reach()
+        self._gates: list[RelayGate] = []
         self._socket = _socket_path(self._repo)
         self._process: asyncio.subprocess.Process | None = None
 
@@ -65,12 +72,22 @@ class KuboProcess:
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
+    def let_through(self, peer: str) -> None:
+        """The relay `peer` is connected, or cannot be: libp2p may ask it for a reservation now (gate.py)."""
+        for gate in self._gates:
+            if gate.peer == peer:
+                gate.close()
+
     async def start(self) -> None:
-        """Returns when the RPC answers. Raises `Unavailable` with Kubo's last word when it does not come up."""
+        """Returns when the RPC answers; then connect to the relays, and call `let_through` for each.
+
+        Raises `Unavailable` with Kubo's last word when it does not come up."""
         try:
             if not await asyncio.to_thread(self._prepare_folders):
                 await self._init()
             await self._wait_for_lock()
+            for relay in self._reach.relays:
+                self._gates.append(await RelayGate.open(relay))
             await asyncio.to_thread(self._configure)
             log_start = await self._spawn()
             await self._until_ready(log_start)
@@ -89,6 +106,8 @@ class KuboProcess:
 
     async def stop(self) -> None:
         """Ends the child within about four seconds, first politely. Calling it again does nothing."""
+        for gate in self._gates:
+            gate.close()
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -148,7 +167,10 @@ class KuboProcess:
         path = self._repo / "config"
         try:
             config = json.loads(path.read_bytes())
-            apply_settings(config, self._network, self._port, self._max_connections, self.api)
+            gated = replace(self._reach, relays=tuple(gate.address for gate in self._gates))
+            apply_settings(
+                config, self._network, self._port, self._max_connections, self.api, gated
+            )
         except (ValueError, TypeError, KeyError) as error:
             raise Unavailable("Kubo", "the config of its repository is damaged", "move the folder ipfs away; it is made anew") from error
         self._repo.chmod(0o700)
@@ -201,53 +223,6 @@ class KuboProcess:
                     continue  # not yet; the end of the process or the deadline is what ends this
 
 
-def apply_settings(config: dict[str, Any], network: Network, port: int, max_connections: int, api: str) -> None:
-    """Changes Kubo's own configuration in place. Keys that are not named here keep Kubo's defaults."""
-    if max_connections < 2:
-        raise UsageError("ipfs.max_connections", f"{max_connections} is too few", "use at least 2")
-    config["Addresses"].update(API=[api], Gateway=[], Swarm=_listeners(network, port))
-    config["Pubsub"].update(Enabled=True)
-    config["Experimental"].update(FilestoreEnabled=True, Libp2pStreamMounting=True)
-    config["Internal"]["ShutdownTimeout"] = "3s"
-    swarm = config["Swarm"]
-    swarm["ConnMgr"] = {"Type": "basic", "LowWater": max_connections * 2 // 3, "HighWater": max_connections, "GracePeriod": "20s"}
-    public = network == "public"
-    swarm["AddrFilters"] = [] if public else [f"/ip{n.version}/{n.network_address}/ipcidr/{n.prefixlen}" for n in _outside(network)]
-    swarm["DisableNatPortMap"] = not public
-    swarm["RelayClient"], swarm["RelayService"] = ({}, {}) if public else ({"Enabled": False}, {"Enabled": False})
-    swarm["EnableHolePunching"] = public
-    config["AutoNAT"] = {} if public else {"ServiceMode": "disabled"}
-    config["AutoConf"] = {"Enabled": public}
-    config["AutoTLS"] = {} if public else {"Enabled": False}
-    config["HTTPRetrieval"] = {} if public else {"Enabled": False}
-    config["Discovery"]["MDNS"]["Enabled"] = network != "loopback"
-    config["Bootstrap"] = ["auto"] if public else []
-    config["Routing"]["Type"] = "auto" if public else "none"
-    if public:
-        config["Provide"].update(Enabled=True, Strategy="pinned+mfs+entities")
-    else:
-        config["Provide"].update(Enabled=False)
-        config["DNS"]["Resolvers"], config["Routing"]["DelegatedRouters"], config["Ipns"]["DelegatedPublishers"] = {}, [], []
-
-
-def _listeners(network: Network, port: int) -> list[str]:
-    if network == "loopback":
-        return [f"/ip4/127.0.0.1/tcp/{port}"]
-    return [f"/ip4/0.0.0.0/tcp/{port}", f"/ip6/::/tcp/{port}", f"/ip4/0.0.0.0/udp/{port}/quic-v1", f"/ip6/::/udp/{port}/quic-v1"]
-
-
-def _outside(network: Network) -> list[IPv4Network | IPv6Network]:
-    """Every address that a network of this kind must not reach, as few prefixes as possible."""
-    inside = [ip_network(text) for text in (_LOOPBACK if network == "loopback" else _PRIVATE)]
-    left4, left6 = [IPv4Network("0.0.0.0/0")], [IPv6Network("::/0")]
-    for kept in inside:
-        if isinstance(kept, IPv4Network):
-            left4 = [part for whole in left4 for part in (whole.address_exclude(kept) if kept.subnet_of(whole) else [whole])]
-        else:
-            left6 = [part for whole in left6 for part in (whole.address_exclude(kept) if kept.subnet_of(whole) else [whole])]
-    return [*collapse_addresses(left4), *collapse_addresses(left6)]
-
-
 def _socket_path(repo: Path) -> Path:
     """In the repository, or where that path is too long for a socket, in a folder of ours under the system's temporary one."""
     inside = repo / "rpc.sock"
@@ -284,8 +259,9 @@ def _open_log(path: Path) -> tuple[int, int]:
 
 
 def _environment(repo: Path) -> dict[str, str]:
-    # What somebody exported for a Kubo of their own must not change ours.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("IPFS_", "LIBP2P_", "GOLOG_", "KUBO_"))}
+    # What somebody exported for a Kubo of their own must not change ours, and our settings, secrets among them, are not its business.
+    others = ("IPFS_", "LIBP2P_", "GOLOG_", "KUBO_", "SWARMCTL_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return {**kept, "IPFS_PATH": str(repo), "IPFS_TELEMETRY": "off"}
 
 

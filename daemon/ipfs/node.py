@@ -1,55 +1,54 @@
 """An IPFS node over the RPC of Kubo: the one implementation of `IpfsNode`.
 
-Unary calls go through `ipfshttpclient` (unary.py), what it cannot do on a modern Kubo through rpc.py, reads through reading.py.
+Unary calls go through `ipfshttpclient` (unary.py), what it cannot do on a modern Kubo through rpc.py, reads through reading.py,
+files in place through files.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote_plus
 
-from daemon.errors import BackendError, Bug, Unavailable, Unserved, VerificationError
-from daemon.ipfs.dag import Child
-from daemon.ipfs.interface import PeerIdentity, PubsubMessage
+from daemon.errors import BackendError, Bug, Unavailable, Unserved
+from daemon.ipfs.files import PROFILE, Files
+from daemon.ipfs.interface import Connection, PeerIdentity, Provider, PubsubMessage
+from daemon.ipfs.peerings import Peerings
 from daemon.ipfs.pubsub import read_message, topic_argument
+from daemon.ipfs.reach import Reachability
 from daemon.ipfs.reading import Reader
-from daemon.ipfs.rpc import UNARY_S, Rpc, RpcError, gone, refused
+from daemon.ipfs.routing import find_providers
+from daemon.ipfs.rpc import Rpc, RpcError, gone
+from daemon.ipfs.swarm import Acquaintances, read_connections, read_reachability
 from daemon.ipfs.unary import unary
 from registry.cid import leaf_cid
+from registry.multiaddrs import both_transports
 
 T = TypeVar("T")
 
-# The profile unixfs-v1-2025 in full, because a configured node may have other defaults.
-_PROFILE = {"cid-version": 1, "raw-leaves": True, "chunker": "size-1048576", "max-file-links": 1024, "hash": "sha2-256", "trickle": False}
-_ADD_S = 120.0  # Kubo is silent while it works through what it has read
-_READ = 4 << 20  # bytes read from a file at once
-_BATCH = 512  # CIDs per call: they travel in the URL
-_PEERINGS = 64  # peers that Kubo is told to hold on to; the oldest is let go
 _DIAL_S = 10.0
+_PUNCH_LOOK_S = 0.05  # Kubo has no event for a new connection
 _MAX_MESSAGE = 1 << 20  # Kubo drops larger ones without a word
 _PUBLISH_TRIES = 8
 _PACE_S = 0.02  # between two messages; without it one of twenty was lost on a busy machine
 
-_MISSING, _OK = 30, 0  # of `filestore/verify`
-
 
 class KuboNode:
-    """`repo` is the repository of our own Kubo, whose parent folder holds every file to be added in place; None for a foreign RPC."""
+    """`repo` is the repository of our own Kubo, whose parent folder holds every file to be added in place; None for a foreign RPC.
 
-    def __init__(self, rpc: Rpc, *, repo: Path | None) -> None:
+    `peerings` are the peers that the node holds on to; give the same to the node of the next life.
+    """
+
+    def __init__(self, rpc: Rpc, *, repo: Path | None, peerings: Peerings | None = None) -> None:
         self._rpc = rpc
-        self._home = repo.parent if repo is not None else None
         self._reader = Reader(rpc)
-        self._peerings: OrderedDict[str, None] = OrderedDict()
+        self._files = Files(rpc, self._reader, repo.parent if repo is not None else None)
+        self._peerings = peerings or Peerings()
+        self._acquaintances = Acquaintances()
         self._publishing = asyncio.Lock()
         self._last_publish = 0.0
         self._tunnels = asyncio.Lock()
@@ -57,15 +56,34 @@ class KuboNode:
     # -- the node ---------------------------------------------------------------------------------------------------
 
     async def identity(self) -> PeerIdentity:
-        found = await self._unary(lambda client: client.id())
+        # Not through a thread: it is asked every few seconds, also of a node that is about to go.
+        found = await self._timed(self._rpc.call("id"))
         return PeerIdentity(found["ID"], tuple(found["Addresses"] or ()))
 
     async def version(self) -> str:
         return str((await self._unary(lambda client: client.version()))["Version"])
 
     async def peers(self) -> list[str]:
-        found = await self._unary(lambda client: client.swarm.peers())
-        return [peer["Peer"] for peer in found["Peers"] or ()]
+        direct = (each.peer_id for each in await self.connections() if not each.relayed)
+        return list(dict.fromkeys(direct))
+
+    async def connections(self) -> list[Connection]:
+        return read_connections(await self._timed(self._rpc.call("swarm/peers", options={"direction": True})))
+
+    async def reachability(self) -> Reachability:
+        try:
+            return read_reachability(await self._timed(self._rpc.call("swarm/addrs/autonat")))
+        except RpcError:
+            return "unknown"  # a configured node may be older than this call
+
+    async def known_peers(self) -> tuple[str, ...]:
+        options = {"direction": True, "identify": True}
+        return self._acquaintances.look(await self._timed(self._rpc.call("swarm/peers", options=options)))
+
+    @property
+    def adding(self) -> bool:
+        """Whether a file is being added, which would have to begin again if the node went now."""
+        return self._files.adding
 
     async def pins(self) -> set[str]:
         found = await self._unary(lambda client: client.pin.ls(type="recursive"))
@@ -77,100 +95,47 @@ class KuboNode:
     # -- adding and forgetting ----------------------------------------------------------------------------------------
 
     async def add_in_place(self, path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-        """As in `IpfsNode`. Leaves that IPFS already has as copies stay copies: `drop_blocks` them first.
-
-        Raises `Unavailable` when the node cannot read the file where it lies.
-        """
-        seen = await asyncio.to_thread(self._as_kubo_sees, path)
-        size = (await asyncio.to_thread(os.stat, path)).st_size
-        head = (
-            "--swarmctl\r\n"
-            f'Content-Disposition: form-data; name="file"; filename="{quote_plus(path.name)}"\r\n'
-            "Content-Type: application/octet-stream\r\n"
-            f"Abspath-Encoded: {quote_plus(str(seen))}\r\n\r\n"
-        ).encode()
-        tail = b"\r\n--swarmctl--\r\n"
-        headers = {"Content-Type": "multipart/form-data; boundary=swarmctl", "Content-Length": str(len(head) + size + len(tail))}
-        try:
-            answer = await self._rpc.read(
-                "add", timeout_s=_ADD_S, options={**_PROFILE, "nocopy": True, "pin": True, "progress": False},
-                body=_body(head, path, size, tail, on_bytes), headers=headers,
-            )  # fmt: skip
-        except TimeoutError as error:
-            raise gone(error) from error
-        except RpcError as error:
-            if "filestore" not in error.why:
-                raise
-            raise self._cannot_refer(path) from error
-        cid = _final_hash(answer)
-        if self._home is None and await self._broken((await self._reader.layout(cid, deadline_s=UNARY_S, offline=True)).leaves[:1]):
-            await self.remove_in_place(cid)
-            raise self._cannot_refer(path)
-        return cid
-
-    def _cannot_refer(self, path: Path) -> Unavailable:
-        why = "the configured IPFS node cannot serve it from where it lies" if self._home is None else "it is outside the data folder"
-        return Unavailable(path.name, why, "leave ipfs.rpc empty to use a node of our own")
-
-    def _as_kubo_sees(self, path: Path) -> Path:
-        """The path as it begins with the home's own spelling, because Kubo compares text; links below it stay as they are."""
-        absolute = path.absolute()
-        if self._home is None or absolute.is_relative_to(self._home):
-            return absolute
-        if absolute.is_relative_to(self._home.resolve()):
-            return self._home / absolute.relative_to(self._home.resolve())
-        raise self._cannot_refer(path)
+        return await self._files.add_in_place(path, on_bytes)
 
     async def remove_in_place(self, cid: str) -> None:
-        self._reader.forget(cid)
-        try:
-            layout = await self._reader.layout(cid, deadline_s=UNARY_S, offline=True)
-        except (RpcError, Unserved):
-            layout = None  # nothing of it is here, or not enough to find the rest
-        try:
-            await self._timed(self._rpc.call("pin/rm", cid))
-        except RpcError as error:
-            if "not pinned" not in error.why:
-                raise
-        await self.drop_blocks([cid] if layout is None else [*(leaf.cid for leaf in layout.leaves), *layout.nodes])
+        await self._files.remove_in_place(cid)
 
     async def broken_references(self, cid: str) -> list[str]:
-        return await self._broken((await self._reader.layout(cid, deadline_s=UNARY_S, offline=True)).leaves)
+        return await self._files.broken_references(cid)
 
-    async def _broken(self, leaves: Sequence[Child]) -> list[str]:
-        broken: list[str] = []
-        for batch in _batches([leaf.cid for leaf in leaves]):
-            async for found in self._rpc.lines("filestore/verify", *batch, timeout_s=_ADD_S):
-                name = found["Key"]["/"]
-                # What is no reference may be a plain copy, which Kubo checks by itself when it reads it.
-                if found["Status"] != _OK and not (found["Status"] == _MISSING and await self._has(name)):
-                    broken.append(name)
-        return broken
-
-    async def _has(self, cid: str) -> bool:
-        try:
-            await self._rpc.call("block/stat", cid, options={"offline": True})
-        except RpcError:
-            return False
-        return True
+    async def drop_blocks(self, cids: Sequence[str]) -> None:
+        await self._files.drop_blocks(cids)
 
     async def add_bytes(self, data: bytes) -> str:
         if len(data) > 1 << 20:
             raise Bug("IPFS", f"{len(data)} bytes are no small object")
-        cid = str(await self._unary(lambda client: client.add_bytes(data, opts={**_PROFILE, "pin": True})))
+        cid = str(await self._unary(lambda client: client.add_bytes(data, opts={**PROFILE, "pin": True})))
         if cid != leaf_cid(data):
             raise Bug("IPFS", "the node gives a small object another CID")
         return cid
 
-    async def drop_blocks(self, cids: Sequence[str]) -> None:
+    # -- the DHT ------------------------------------------------------------------------------------------------------
+
+    async def provide(self, block: bytes, *, deadline_s: float) -> str:
+        cid = await self.add_bytes(block)
+        hint = "it needs a connection to a public node"
         try:
-            for batch in _batches(cids):
-                async for result in self._rpc.lines("block/rm", *batch, timeout_s=_ADD_S, options={"force": True, "quiet": True}):
-                    # A block that something else pins stays, and should.
-                    if (why := result.get("Error")) and "pinned" not in why:
-                        raise refused("block/rm", str(why))
+            async with asyncio.timeout(deadline_s):
+                await self._rpc.read("routing/provide", cid, timeout_s=None)
         except TimeoutError as error:
-            raise gone(error) from error
+            raise Unserved("IPFS", f"the DHT took no word within {deadline_s:g} s", hint) from error
+        except RpcError as error:
+            raise Unserved("IPFS", error.why, hint) from error
+        return cid
+
+    async def unprovide(self, cid: str) -> None:
+        await self._files.unpin(cid)
+        await self._files.drop_blocks([cid])
+
+    async def providers(self, cid: str, *, limit: int, deadline_s: float) -> AsyncIterator[Provider]:
+        own = (await self.identity()).peer_id
+        async for provider in find_providers(self._rpc, cid, own=own, limit=limit, deadline_s=deadline_s):
+            yield provider
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -226,29 +191,53 @@ class KuboNode:
         """As in `IpfsNode`. In every network: the peers that we are told to connect to are few, and Kubo would trim them like any other."""
         await self._dial(multiaddr, deadline_s)
         await self._timed(self._rpc.call("swarm/peering/add", multiaddr))
-        peer = multiaddr.rpartition("/p2p/")[2]
-        self._peerings[peer] = None
-        self._peerings.move_to_end(peer)
-        if len(self._peerings) > _PEERINGS:
-            oldest, _ = self._peerings.popitem(last=False)
+        oldest = self._peerings.add(multiaddr)
+        if oldest is not None:
             await self._timed(self._rpc.call("swarm/peering/rm", oldest))
 
     async def _dial(self, multiaddr: str, deadline_s: float) -> None:
+        """Returns with a direct connection: a relayed one carries nothing of ours, it is there to punch a hole.
+
+        The far node tries that once when the relayed connection comes in, and drops it unsaid while it does not yet know its own
+        outside address (go-libp2p holepunch: up to some seconds after its start); so it is given another occasion.
+        """
         hint = "check that the node runs and can be reached from here"
+        peer = multiaddr.rpartition("/p2p/")[2]
+        relayed = False
         try:
             async with asyncio.timeout(deadline_s):
-                await self._rpc.call("swarm/connect", multiaddr, timeout_s=None)
+                for patience in _punching_times():
+                    await self._rpc.call("swarm/connect", *both_transports(multiaddr), timeout_s=None)
+                    relayed = not await self._direct_within(peer, patience)
+                    if not relayed:
+                        return
+                    await self._hang_up_relayed(peer)
         except TimeoutError as error:
-            raise Unserved(multiaddr, f"no answer within {deadline_s:g} s", hint) from error
+            why = "only a relay reaches it" if relayed else "no answer"
+            raise Unserved(multiaddr, f"{why} within {deadline_s:g} s", hint) from error
         except RpcError as error:
             raise Unserved(multiaddr, error.why, hint) from error
 
-    async def listen(self, protocol: str, port: int) -> None:
+    async def _direct_within(self, peer: str, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while peer not in await self.peers():
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(_PUNCH_LOOK_S)
+        return True
+
+    async def _hang_up_relayed(self, peer: str) -> None:
+        for connection in await self.connections():
+            if connection.peer_id == peer and connection.relayed:
+                with contextlib.suppress(RpcError):  # it has ended by itself
+                    await self._rpc.call("swarm/disconnect", f"{connection.address}/p2p/{peer}")
+
+    async def listen(self, protocol: str, port: int, *, report_peer_id: bool) -> None:
         own = f"/p2p/{(await self.identity()).peer_id}"
+        target = f"/ip4/127.0.0.1/tcp/{port}"
+        options = {"report-peer-id": report_peer_id}
         async with self._tunnels:
             await self._timed(self._rpc.call("p2p/close", options={"protocol": protocol, "listen-address": own}))
-            target = f"/ip4/127.0.0.1/tcp/{port}"
-            options = {"report-peer-id": True}
             await self._timed(self._rpc.call("p2p/listen", protocol, target, options=options))
 
     @asynccontextmanager
@@ -284,33 +273,9 @@ class KuboNode:
             raise gone(error) from error
 
 
-async def _body(head: bytes, path: Path, size: int, tail: bytes, on_bytes: Callable[[int], None] | None) -> AsyncIterator[bytes]:
-    """The multipart body of an add; the next chunk is read while one is being sent."""
-    yield head
-    handle = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        offset = 0
-        while offset < size:
-            chunk = await asyncio.to_thread(os.pread, handle, min(_READ, size - offset), offset)
-            if not chunk:
-                raise VerificationError(path.name, "the file shrank while it was read", "publish it again")
-            offset += len(chunk)
-            yield chunk
-            if on_bytes is not None:
-                on_bytes(offset)
-    finally:
-        os.close(handle)
-    yield tail
-
-
-def _final_hash(answer: bytes) -> str:
-    """The last line of `add` has the root's hash; a reply that was cut by a late error has none."""
-    lines = answer.splitlines()
-    found = json.loads(lines[-1]) if lines else {}
-    if not found.get("Hash"):
-        raise Unavailable("IPFS", "the add did not finish", "logs/kubo.log says more")
-    return str(found["Hash"])
-
-
-def _batches(cids: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (cids[i : i + _BATCH] for i in range(0, len(cids), _BATCH))
+def _punching_times() -> Iterator[float]:
+    """Seconds to wait for a hole after each relayed connection; with lost packets one attempt takes longer."""
+    seconds = 1.0
+    while True:
+        yield seconds
+        seconds *= 1.5

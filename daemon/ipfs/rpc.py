@@ -8,7 +8,7 @@ clients drop, so a caller must check that the last word of a reply is there. Rea
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ UNARY_S = 10.0  # seconds in which a call that needs no other node answers
 
 _CONNECT_S = 5.0
 _MAX_REPLY = 64 << 20  # a pin list of a large node has some MiB
+_MAX_REASON = 500  # characters
 _LINE_BUFFER = 1 << 21  # a pubsub message of 1 MiB in base64, and its frame
 
 
@@ -28,7 +29,9 @@ class RpcError(Unavailable):
     """Kubo answered, and said no. `why` is its own message."""
 
     def __init__(self, call: str, why: str) -> None:
-        super().__init__(f"IPFS {call}", why, "logs/kubo.log may say more")
+        # Of a failed dial Kubo tells every address in a line of its own.
+        one_line = " ".join(why.split())[:_MAX_REASON]
+        super().__init__(f"IPFS {call}", one_line, "logs/kubo.log may say more")
 
 
 class Rpc:
@@ -93,7 +96,7 @@ class Rpc:
 
     async def lines(
         self, call: str, *args: str, timeout_s: float | None, options: Mapping[str, object] | None = None
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """The objects of a reply in NDJSON, as they come."""
         async with self.stream(call, *args, timeout_s=timeout_s, options=options) as response:
             while line := await _line(call, response):

@@ -18,12 +18,15 @@ _LINE_LIMIT = 256  # bytes of the first line of a stream
 
 
 class Connections:
-    """Counts connections and knows their sources. `allowed` says which IP addresses may come."""
+    """Counts connections and knows their sources. `allowed` says which IP addresses may come, `on_direct` is told of each."""
 
-    def __init__(self, limits: Limits, allowed: Callable[[str], bool]) -> None:
+    def __init__(
+        self, limits: Limits, allowed: Callable[[str], bool], on_direct: Callable[[str], None]
+    ) -> None:
         self._places = Places("connection", limits.connections, limits.connections_per_source)
         self._header_s = limits.header_s
         self._allowed = allowed
+        self.on_direct = on_direct
         self._sources: WeakKeyDictionary[asyncio.BaseTransport, str] = WeakKeyDictionary()
 
     def source(self, transport: asyncio.BaseTransport | None) -> str:
@@ -103,6 +106,7 @@ class _Direct(_Connection):
         name = transport.get_extra_info("peername")
         address = str(name[0]) if name else ""
         if self._connections.permits(address):
+            self._connections.on_direct(address)
             self.begin(address)
         else:
             cast(asyncio.Transport, transport).abort()

@@ -8,45 +8,66 @@ import aiohttp
 from aiohttp import web
 
 from daemon.errors import Unserved, VerificationError
+from daemon.membership import ASKED, Membership
 from daemon.peerapi.server import Route
 from registry import strictjson
-from registry.errors import Malformed
+from registry.errors import Malformed, NotVerified
 
 PATH = "/swarm/1/ping"
 _LIMIT = 1024  # bytes of the answer
+_ANSWER = "ping answer"  # what is sealed
 
 
 class Ping:
     """Tells who this node is."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, membership: Membership) -> None:
         self._node = node
+        self._membership = membership
 
     def routes(self) -> Sequence[Route]:
         return [Route("GET", PATH, self._answer)]
 
     async def _answer(self, request: web.Request) -> web.Response:
-        return web.json_response({"node": self._node})
+        answer = self._membership.seal(strictjson.dumps({"node": self._node}), _ANSWER)
+        kind = self._membership.media_type("application/json")
+        return web.Response(body=answer, content_type=kind)
 
 
-async def ping(http: aiohttp.ClientSession, url: str, *, deadline_s: float) -> str:
+async def ping(
+    http: aiohttp.ClientSession,
+    url: str,
+    *,
+    membership: Membership,
+    node: str = "",
+    deadline_s: float,
+) -> str:
     """The node key that answers at `url`. Nothing proves it yet: what is asked next does.
+
+    `node` is the key that is expected there, empty when it is not known; another may answer.
 
     Raises `Unserved` when nothing answers in time and `VerificationError` when it is no node.
     """
     timeout = aiohttp.ClientTimeout(total=deadline_s)
     try:
-        async with http.get(url + PATH, timeout=timeout, allow_redirects=False) as response:
-            data = await response.content.read(_LIMIT + 1)
-            fields = strictjson.loads(data, limit=_LIMIT, what="the answer")
-            status = response.status
+        async with http.get(
+            url + PATH, headers={ASKED: node}, timeout=timeout, allow_redirects=False
+        ) as response:
+            if response.status == 404:
+                raise Unserved("peer", "what answers there is no node of this swarm")
+            if response.status != 200:
+                raise Unserved("peer", f"its peer API answered {response.status}")
+            data = await response.content.read(_LIMIT + membership.overhead + 1)
     except (aiohttp.ClientError, ConnectionError) as error:
         raise Unserved("peer", "nothing answers there") from error
     except TimeoutError as error:
         raise Unserved("peer", f"nothing answered within {deadline_s:g} s") from error
-    except Malformed as error:
-        raise VerificationError("peer", "what answers there is no node") from error
+    try:
+        answer = membership.open(data, _ANSWER, limit=_LIMIT)
+        fields = strictjson.loads(answer, limit=_LIMIT, what="the answer")
+    except (Malformed, NotVerified) as error:
+        raise VerificationError("peer", "what answers there is no node of this swarm") from error
     match fields:
-        case {"node": str(node)} if status == 200:
-            return node
-    raise Unserved("peer", f"its peer API answered {status}")
+        case {"node": str(found)}:
+            return found
+    raise VerificationError("peer", "what answers there is no node of this swarm")

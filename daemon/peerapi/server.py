@@ -1,4 +1,4 @@
-"""The peer API: what other nodes may ask. No token: every body authenticates itself.
+"""The peer API: what other nodes may ask. No token: every body authenticates itself; a closed swarm answers its members only.
 
 It listens apart from the local API and knows none of its routes. Each room of the daemon that other nodes may ask something of
 brings its routes; the server brings what they share: sources, ceilings, bounded bodies, and errors that tell a stranger what it
@@ -18,12 +18,12 @@ from aiohttp.typedefs import Handler
 
 from daemon.errors import Refused, SwarmError, Unavailable, VerificationError
 from daemon.listening import listening
+from daemon.membership import Membership
 from daemon.peerapi.connections import Connections
 from daemon.peerapi.limits import Limits
 
 _log = logging.getLogger(__name__)
 
-PROTOCOL = "/x/swarmctl/1"  # libp2p protocol of the peer API
 BODY_LIMIT = 4 << 20  # bytes of any request; most routes take less
 _SHUTDOWN_S = 1.0
 
@@ -46,18 +46,23 @@ class Ports:
 
 
 class PeerApi:
-    """The server of `routes`. `allowed` says which IP addresses may come straight to its port."""
+    """The server of `routes`. `allowed` says which IP addresses may come straight to its port, `on_direct` is told of each."""
 
     def __init__(
         self,
         routes: Iterable[Route],
         *,
+        membership: Membership,
         limits: Limits | None = None,
         allowed: Callable[[str], bool] = lambda address: True,
+        on_direct: Callable[[str], None] = lambda address: None,
     ) -> None:
         self._limits = limits or Limits()
-        self._connections = Connections(self._limits, allowed)
-        self._app = web.Application(middlewares=[_errors], client_max_size=BODY_LIMIT)
+        self._connections = Connections(self._limits, allowed, on_direct)
+        self._app = web.Application(
+            middlewares=[_members_only, _errors], client_max_size=BODY_LIMIT
+        )
+        self._app[_MEMBERSHIP] = membership
         self._app[_CONNECTIONS] = self._connections
         self._app[_LIMITS] = self._limits
         self._app.on_response_prepare.append(_anonymous)
@@ -109,6 +114,7 @@ async def _on(
         yield bound
 
 
+_MEMBERSHIP: web.AppKey[Membership] = web.AppKey("membership")
 _CONNECTIONS: web.AppKey[Connections] = web.AppKey("connections", Connections)
 _LIMITS: web.AppKey[Limits] = web.AppKey("limits", Limits)
 
@@ -138,6 +144,14 @@ async def read_body(request: web.Request, limit: int, kind: str) -> bytes:
             if len(data) > limit:
                 raise web.HTTPRequestEntityTooLarge(limit, len(data))
     return bytes(data)
+
+
+@web.middleware
+async def _members_only(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A stranger gets the same answer whatever it asks: that of a web server with nothing on it."""
+    if request.app[_MEMBERSHIP].admits(request):
+        return await handler(request)
+    return web.Response(status=404, text="404: Not Found")
 
 
 @web.middleware
@@ -174,5 +188,5 @@ def _plain(status: int, message: str) -> web.Response:
 
 
 async def _anonymous(request: web.Request, response: web.StreamResponse) -> None:
-    """Which library answers is nobody's business."""
-    response.headers["Server"] = "swarmctl"
+    """Which program answers is nobody's business."""
+    response.headers.pop("Server", None)

@@ -12,17 +12,27 @@ afterwards is sealed or signed, so that a lie leads nowhere.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import aiohttp
 
-from daemon.errors import SwarmError, Unserved, VerificationError
+from daemon.config import Network
+from daemon.errors import SwarmError, Unreachable, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
+from daemon.membership import ASKED, Membership
 from daemon.peerapi.ping import ping
-from daemon.peerapi.server import PROTOCOL
 from registry import ranges
 from registry.endpoints import peer_of, relay_address
 from registry.records import Address, Peer
@@ -33,16 +43,26 @@ CONNECT_S = 5.0  # for one way to a peer
 RELAYS_AFTER_S = 0.3  # head start of the ways without a relay
 _URLS_TRIED = 3
 _MULTIADDRS_TRIED = 8
+_REACHED_KEPT = 1024  # nodes of which is known how they were reached
 
 AUTO, NEVER = "auto", "never"  # of `via`; anything else is the node key of a relay
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """The base `url` at which a peer's peer API is reached from here; `via` is the relay's node key, None without one."""
+    """The base `url` at which a peer's peer API is reached from here; `via` is the relay's node key, None without one.
+
+    `node` is the key of the peer, empty when it is not known yet.
+    """
 
     url: str
     via: str | None = None
+    node: str = ""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """For every request over this way: whom it is for. The `Membership` of the session makes its proof of it."""
+        return {ASKED: self.node}
 
 
 class Relays(Protocol):
@@ -58,29 +78,67 @@ class Relays(Protocol):
 
 
 class Ways:
-    """`ipfs` gives the node while it answers; `network` is the kind of network this node lives in; `relays` is set once."""
+    """`ipfs` gives the IPFS node, waiting a moment where it is about to answer; None when there is none. `network` is the kind
+    of network this node lives in. `http` has the middleware of `membership`.
+
+    `relays` and `lookup`, which gives a known node by its key, are set once.
+    """
 
     def __init__(
         self,
         *,
-        network: str,
-        ipfs: Callable[[], IpfsNode | None],
+        network: Network,
+        ipfs: Callable[[], Awaitable[IpfsNode | None]],
         http: aiohttp.ClientSession,
+        membership: Membership,
     ) -> None:
+        self._membership = membership
         self._network = network
         self._ipfs = ipfs
         self._http = http
         self.relays: Relays | None = None
+        self.lookup: Callable[[str], Peer | None] = lambda node: None
+        self._reached: dict[str, str | None] = {}  # by node: the relay of the last way to it
+        self._answers = 0
+
+    @property
+    def answering(self) -> bool:
+        """Whether somebody waits for an answer that comes over one of them."""
+        return self._answers > 0
+
+    @contextmanager
+    def an_answer(self) -> Iterator[None]:
+        """An answer comes over one of them while the context lasts: what carries it must not be taken away."""
+        self._answers += 1
+        try:
+            yield
+        finally:
+            self._answers -= 1
+
+    def via(self, node: str) -> str | None:
+        """The relay through which a node was reached last; None when it was none."""
+        return self._reached.get(node)
 
     @asynccontextmanager
     async def to(
-        self, peer: Peer, *, via: str = AUTO, deadline_s: float = CONNECT_S
+        self,
+        peer: Peer,
+        *,
+        via: str = AUTO,
+        avoid: Collection[str] = (),
+        deadline_s: float = CONNECT_S,
     ) -> AsyncIterator[Way]:
         """The first way to a peer's peer API that works; it stays open while the context lasts.
 
-        Raises `Unserved` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
+        Relays in `avoid` are not used: one may carry a ping and drop what follows.
+
+        Raises `Unreachable` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
         """
-        stack, way = await self._first(self._candidates(peer, via), peer.node, deadline_s)
+        candidates = self._candidates(peer, via, avoid)
+        if not candidates and via not in (AUTO, NEVER):
+            raise Unserved("peer", f"node {via.removeprefix('ed25519:')[:8]} does not carry for it")
+        stack, way = await self._first(candidates, peer.node, deadline_s)
+        self._note(peer.node, way)
         async with stack:
             yield way
 
@@ -95,10 +153,21 @@ class Ways:
         async with stack:
             yield way
 
+    def _note(self, node: str, way: Way) -> None:
+        self._reached.pop(node, None)
+        self._reached[node] = way.via
+        if len(self._reached) > _REACHED_KEPT:
+            del self._reached[next(iter(self._reached))]  # the one reached longest ago
+
     # -- which ways there are ---------------------------------------------------------------------------------------
 
     def _candidates(
-        self, peer: Peer, via: str, *, named_by_a_person: bool = False
+        self,
+        peer: Peer,
+        via: str,
+        avoid: Collection[str] = (),
+        *,
+        named_by_a_person: bool = False,
     ) -> list[_Candidate]:
         address = peer.address
         found: list[_Candidate] = []
@@ -112,10 +181,10 @@ class Ways:
             if peer.peer_id is not None:
                 found.append(_Candidate(self._libp2p(peer.peer_id, address.ipfs)))
         if via != NEVER:
-            found += self._relayed(peer, via)
+            found += self._relayed(peer, via, avoid)
         return found
 
-    def _relayed(self, peer: Peer, via: str) -> list[_Candidate]:
+    def _relayed(self, peer: Peer, via: str, avoid: Collection[str]) -> list[_Candidate]:
         relays = self.relays
         if relays is None:
             return []
@@ -123,31 +192,44 @@ class Ways:
         here = relays.carried_here(peer.node) if via == AUTO else None
         if here is not None:
             return [_Candidate(_open(here, None), 0.0)]
-        points = [relay_address(point) for point in peer.address.relays]
+        carriers = [self._carrier(relay_address(point)) for point in peer.address.relays]
+        if via != AUTO:
+            # A relay that somebody names may carry for the peer although the peer does not say so.
+            named = [one for one in carriers if one.node == via]
+            carriers = named or [one for one in (self.lookup(via),) if one is not None]
         return [
-            _Candidate(self._over(relays, point, peer.node), delay)
-            for point in points
-            if via in (AUTO, point.node)
+            _Candidate(self._over(relays, one, peer.node), delay)
+            for one in carriers
+            if one.node not in avoid
         ]
+
+    def _carrier(self, point: Address) -> Peer:
+        """A relay, at the endpoint that the peer names for it and at those that are known here."""
+        known = self.lookup(point.node) or Peer(point.node, None, Address(point.node), 0, 0)
+        address = Address(
+            point.node,
+            ipfs=tuple(dict.fromkeys((*point.ipfs, *known.address.ipfs))),
+            http=tuple(dict.fromkeys((*point.http, *known.address.http))),
+        )
+        return Peer(point.node, known.peer_id or _peer_id(address), address, 0, 0)
 
     @asynccontextmanager
     async def _libp2p(self, peer_id: str, multiaddrs: Sequence[str]) -> AsyncIterator[Way]:
-        node = self._ipfs()
+        node = await self._ipfs()
         if node is None:
             raise Unserved("peer", "IPFS is not running here")
         allowed = [one for one in multiaddrs if ranges.allows_multiaddr(self._network, one)]
         await reach(node, peer_id, allowed)
-        async with node.dial(PROTOCOL, peer_id) as (host, port):
+        async with node.dial(self._membership.protocol, peer_id) as (host, port):
             yield Way(f"http://{host}:{port}")
 
     @asynccontextmanager
-    async def _over(self, relays: Relays, relay: Address, node: str) -> AsyncIterator[Way]:
-        carrier = Peer(relay.node, _peer_id(relay), relay, 0, 0)
+    async def _over(self, relays: Relays, carrier: Peer, node: str) -> AsyncIterator[Way]:
         async with (
             self.to(carrier, via=NEVER) as first_leg,
             relays.through(first_leg, node) as url,
         ):
-            yield Way(url, relay.node)
+            yield Way(url, carrier.node)
 
     # -- the first that works -----------------------------------------------------------------------------------------
 
@@ -155,9 +237,12 @@ class Ways:
         self, candidates: Sequence[_Candidate], node: str, deadline_s: float
     ) -> tuple[AsyncExitStack, Way]:
         if not candidates:
-            raise Unserved("peer", "there is no way to it", "check that it runs, and its address")
+            raise Unreachable("peer", "there is no way to it", "check that it runs, and its address")
         race = _Race(len(candidates))
-        return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+        try:
+            return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+        except Unserved as error:
+            raise Unreachable(error.what, error.why, error.hint) from error
 
     async def _attempt(
         self, candidate: _Candidate, node: str, deadline_s: float, race: _Race
@@ -168,13 +253,19 @@ class Ways:
                 try:
                     async with asyncio.timeout(deadline_s):
                         way = await stack.enter_async_context(candidate.way)
-                        found = await ping(self._http, way.url, deadline_s=deadline_s)
+                        found = await ping(
+                            self._http,
+                            way.url,
+                            membership=self._membership,
+                            node=node,
+                            deadline_s=deadline_s,
+                        )
                 except TimeoutError:
                     why = f"no answer within {deadline_s:g} s"
                     raise Unserved("peer", why, "try again") from None
                 if node and found != node:
                     raise VerificationError("peer", "another node answers there")
-                return stack.pop_all(), way
+                return stack.pop_all(), replace(way, node=found)
         finally:
             race.failed_or_won()
 

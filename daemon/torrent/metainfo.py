@@ -27,6 +27,7 @@ BLOCK = 16 * 1024  # bytes under one leaf of the v2 tree (BEP 52)
 MIN_PIECE = 1 << 20
 MAX_PIECE = 16 << 20
 _PIECES_AIMED_AT = 2048
+MAX_SMALL = 64 << 10  # bytes of an object that travels as a small torrent, as large as a manifest may be
 
 MAX_TORRENT = 64 << 20  # bytes
 MAX_DEPTH = 32
@@ -71,11 +72,12 @@ class TorrentHasher:
     `pieces` (v1) and `blocks` (v2) are independent, so that two threads may feed them; `update` feeds both.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, piece: int | None = None) -> None:
+        """`piece` is the piece length in bytes, a power of two; the rule of `piece_length` when it is not given."""
         if not 0 < size <= MAX_SIZE:
             raise UsageError("torrent", f"a file of {size} bytes cannot be shared", "publish a file that is not empty")
         self.size = size
-        self.piece_length = piece_length(size)
+        self.piece_length = piece or piece_length(size)
         self.pieces = PieceHasher(self.piece_length)
         self.blocks = BlockHasher(self.piece_length)
 
@@ -104,6 +106,21 @@ class TorrentHasher:
             infohash_v2=hashlib.sha256(raw).hexdigest(),
             torrent=b"d4:info" + raw + b"12:piece layers" + encode(layers) + b"e",
         )
+
+
+def small_torrent(name: str, data: bytes) -> Metainfo:
+    """The torrent of a small object that has a name everywhere, such as a manifest under its CID.
+
+    Hybrid, one file, pieces of 16 KiB, nothing else in it: whoever holds the same bytes under the same name is in the
+    same swarm. Raises `UsageError` for nothing or more than `MAX_SMALL` bytes, `VerificationError` for a name that is
+    no plain file name.
+    """
+    if not 0 < len(data) <= MAX_SMALL:
+        why = f"it has {len(data)} bytes where 1 to {MAX_SMALL} make a small torrent"
+        raise UsageError(name, why, "share it as a file of its own")
+    hasher = TorrentHasher(len(data), piece=BLOCK)
+    hasher.update(data)
+    return hasher.finish(name)
 
 
 class PieceHasher:

@@ -14,7 +14,6 @@ from daemon.config import Network
 _LOOPBACK = ("127.0.0.0/8",)
 _PRIVATE = (*_LOOPBACK, "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "::1/128", "fc00::/7", "fe80::/10")
 _EVERYWHERE = ("0.0.0.0/0", "::/0")
-_ROUTERS = "dht.libtorrent.org:25401,router.bittorrent.com:6881,dht.transmissionbt.com:6881"
 
 Range = tuple[str, str]
 
@@ -51,11 +50,11 @@ def settings(network: Network, port: int, *, download_rate: int, upload_rate: in
     public, loopback = network == "public", network == "loopback"
     return {
         "listen_interfaces": interfaces(network, port),
-        "enable_dht": public,
+        "enable_dht": False,  # daemon.torrent.dht switches it on
         "enable_upnp": public,
         "enable_natpmp": public,
         "enable_lsd": not loopback,
-        "dht_bootstrap_nodes": _ROUTERS if public else "",
+        "dht_bootstrap_nodes": "",  # daemon.torrent.dht looks names up: libtorrent would hold the DHT back for them
         "webtorrent_stun_server": "",
         # On a LAN uTP is ten times slower than TCP; on the internet it makes room for others.
         "enable_outgoing_utp": public,
@@ -70,7 +69,8 @@ def settings(network: Network, port: int, *, download_rate: int, upload_rate: in
         "hashing_threads": 2,
         "listen_queue_size": 64,
         # Swarms are small here: a node that was away for a moment is asked again soon.
-        "min_reconnect_time": 5,
+        "min_reconnect_time": 2,
+        "max_failcount": 6,
         "max_metadata_size": 8 << 20,
         "max_piece_count": 1 << 20,
         "metadata_token_limit": 100_000,

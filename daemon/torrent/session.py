@@ -13,141 +13,64 @@ import contextlib
 import logging
 import os
 import socket
-import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from types import MappingProxyType
+from typing import Any
 
 import libtorrent as lt
 
 from daemon.config import Network
-from daemon.errors import SwarmError, Unavailable, Unserved, VerificationError
+from daemon.errors import Unavailable, VerificationError
+from daemon.home import write_private
 from daemon.torrent import metainfo, network
+from daemon.torrent.announcing import Announcing
+from daemon.torrent.dht import Dht
 from daemon.torrent.download import Download, disk_error
+from daemon.torrent.entry import CHECKING, Seed, Swarm, Torrent, resolve
+from daemon.torrent.magnets import Magnets
+from daemon.torrent.port_mapping import PortMapping
+from daemon.torrent.small import SmallObjects
 
 log = logging.getLogger(__name__)
 
 _CLOSE_S = 0.7  # for libtorrent to let go of its torrents, before the session is dropped with what is left
 _LISTEN_S = 5.0
 _STATUS_S = 0.5
-_ASK_LAYERS_S = (0.02, 0.2)  # pause between two looks whether the piece layers have come: first, longest
-_LAYERS_S = 2.0  # how long the piece layers may take before the peers are met anew: first, then twice as long each time
 _LIMITS: Any = {"max_pieces": 1 << 20, "max_decode_depth": metainfo.MAX_DEPTH, "max_decode_tokens": metainfo.MAX_TOKENS}
-_CHECKING = lt.torrent_flags.upload_mode | lt.torrent_flags.disable_dht | lt.torrent_flags.disable_lsd | lt.torrent_flags.disable_pex
-_WANTED, _UNWANTED = 4, 0  # piece priorities: libtorrent's default, and never
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Swarm:
-    """What is known of a torrent's swarm, this node not counted: connected and known peers, bytes per second."""
-
-    peers: int = 0  # connected, seeds included
-    seeds: int = 0  # connected
-    known_peers: int = 0
-    known_seeds: int = 0
-    download_rate: int = 0
-    upload_rate: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Seed:
-    """A complete file that is given to whoever asks; it is never written to."""
-
-    infohash: str
-    infohash_v2: str
-    path: Path
-
-
-class _Listener(Protocol):
-    """Who is told of one torrent's events (see `Download`)."""
-
-    def on_checked(self, have: Sequence[bool]) -> None: ...
-    def on_piece(self, index: int) -> None: ...
-    def on_bad_piece(self, index: int) -> None: ...
-    def on_finished(self) -> None: ...
-    def on_flushed(self) -> None: ...
-    def on_error(self, error: SwarmError) -> None: ...
-
-
-class _Torrent:
-    """One torrent inside libtorrent, under all its infohashes."""
-
-    def __init__(self, session: TorrentSession, facts: metainfo.TorrentFacts | None, torrent: bytes | None) -> None:
-        self.facts = facts
-        self.torrent = torrent
-        self.seed: Seed | None = None
-        self.listener: _Listener | None = None
-        self.swarm = Swarm()
-        self.with_metadata: asyncio.Future[None] | None = None
-        self.resume_data: asyncio.Future[bytes | None] | None = None
-        self.removed: asyncio.Future[None] | None = None
-        self.handle: Any = None
-        self._session = session
-
-    @property
-    def peers(self) -> int:
-        return self.swarm.peers
-
-    @property
-    def seeds(self) -> int:
-        return self.swarm.seeds
-
-    @property
-    def rate(self) -> int:
-        return self.swarm.download_rate
-
-    def rest(self) -> None:
-        # Not upload mode: seeds that meet such a node part at once, and stay away for a while. A paused torrent meets
-        # nobody, and takes pieces all the same; only its check needs it to run.
-        self.handle.pause()
-        self.handle.unset_flags(_CHECKING)
-
-    def ask_peers(self, wanted: bool) -> None:
-        if wanted:
-            self.handle.unset_flags(_CHECKING)
-            self.handle.resume()
-        else:
-            self.handle.set_flags(lt.torrent_flags.upload_mode)
-
-    def connect(self, peers: Iterable[tuple[str, int]]) -> None:
-        for peer in network.addresses(peers):
-            self.handle.connect_peer(peer)
-
-    def add_piece(self, index: int, data: bytes) -> None:
-        self.handle.add_piece(index, data, 0)
-
-    def want(self, pieces: Iterable[int], wanted: bool) -> None:
-        self.handle.prioritize_pieces([(index, _WANTED if wanted else _UNWANTED) for index in pieces])
-
-    def flush(self) -> None:
-        self.handle.flush_cache()
-
-    async def remove(self) -> None:
-        await self._session._remove(self)
-
-    def fail(self, error: SwarmError) -> None:
-        if self.listener is not None:
-            self.listener.on_error(error)
-        for waiting in (self.with_metadata, self.resume_data):
-            if waiting is not None and not waiting.done():
-                waiting.set_exception(error)
-
-    def gone(self) -> None:
-        _resolve(self.removed, None)
 
 
 class TorrentSession:
-    """All torrents of this node. `port` is the TCP port that peers connect to. Rates are bytes per second, 0 is no limit."""
+    """All torrents of this node. `port` is the TCP port that peers connect to. Rates are bytes per second, 0 is no limit.
 
-    def __init__(self, network: Network, port: int, *, download_rate: int = 0, upload_rate: int = 0) -> None:
+    `dht_bootstrap` is (host, port) of DHT nodes to begin with, `dht_state` the file in which good ones are remembered.
+    `overrides` are libtorrent settings that win over those of `network`: several `public` nodes on one address, as tests
+    have them, need other ones.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        port: int,
+        *,
+        download_rate: int = 0,
+        upload_rate: int = 0,
+        dht_bootstrap: Sequence[tuple[str, int]] = (),
+        dht_state: Path | None = None,
+        overrides: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self._network: Network = network
+        self.dht = Dht(enabled=network == "public", bootstrap=dht_bootstrap, state=dht_state)
+        self.ports = PortMapping(enabled=network == "public")
+        self._announcing = Announcing()
+        self._magnets = Magnets(self)
+        self._small = SmallObjects(self)
+        self._overrides = overrides
         self._wanted_port = port
         self._rates = {"download_rate": download_rate, "upload_rate": upload_rate}
         self._session: Any = None
         self._port = 0
-        self._torrents: dict[str, _Torrent] = {}  # by v1 and by v2 infohash
+        self._torrents: dict[str, Torrent] = {}  # by v1 and by v2 infohash
         self._sockets: tuple[socket.socket, socket.socket] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._listening: asyncio.Future[None] | None = None
@@ -182,13 +105,20 @@ class TorrentSession:
         self._port = int(self._session.listen_port())
         if self._wanted_port not in (0, self._port):
             log.warning("BitTorrent port %d is in use; listening on %d", self._wanted_port, self._port)
-        self._timer = loop.call_later(_STATUS_S, self._poll)
+        self.dht.attach(self._session)
+        self.ports.attach(self._session)
+        self._poll()
 
     def _make(self) -> Any:
         category = lt.alert_category
         settings: Any = network.settings(self._network, self._wanted_port, **self._rates)
-        settings["alert_mask"] = int(category.error | category.status | category.storage | category.piece_progress)
-        session = lt.session(settings)
+        mask = category.error | category.status | category.storage | category.piece_progress
+        if self.dht.enabled:
+            mask |= category.dht_operation | category.port_mapping
+        settings["alert_mask"] = int(mask)
+        params = self.dht.params()
+        params.settings = settings | dict(self._overrides)
+        session = lt.session(params)
         allowed = lt.ip_filter()
         for first, last in network.everywhere():
             allowed.add_rule(first, last, 1)
@@ -216,6 +146,7 @@ class TorrentSession:
             self._timer.cancel()
         torrents = list(dict.fromkeys(self._torrents.values()))
         try:
+            await self._close_dht()
             for torrent in torrents:
                 torrent.fail(Unavailable("BitTorrent", "the session is closing"))
             if leaving := [self._start_removal(torrent) for torrent in torrents]:
@@ -228,7 +159,14 @@ class TorrentSession:
                 await dropped
                 raise
 
+    async def _close_dht(self) -> None:
+        try:
+            await self.dht.close()
+        except Unavailable as error:  # the nodes cannot be remembered; the next start looks for new ones
+            log.warning("%s", error)
+
     async def _drop(self) -> None:
+        self.ports.close()
         last, self._session = [self._session], None
         for torrent in self._torrents.values():
             torrent.gone()
@@ -242,11 +180,12 @@ class TorrentSession:
 
     # -- torrents ---------------------------------------------------------------------------------------------------
 
-    async def seed(self, torrent: bytes, path: Path) -> Seed:
+    async def seed(self, torrent: bytes, path: Path, *, is_model: bool = True) -> Seed:
         """Give a complete file to whoever asks, from where it is. It is never written to, even when it is damaged.
 
         Seeding a file again changes nothing; from another path it moves there. Raises `VerificationError` when the torrent
         is malformed or the file has another size, `Unavailable` when it is not there or the session is not running.
+        Only models count in `status`.
         """
         facts = await asyncio.to_thread(metainfo.parse, torrent)
         try:
@@ -259,17 +198,40 @@ class TorrentSession:
         if known is not None and known.seed is not None and known.removed is None:
             if known.seed.path == path:
                 return known.seed
-            await self._remove(known)
-        entry = _Torrent(self, facts, torrent)
+            await self.remove(known)
+        entry = Torrent(self, facts, torrent)
+        entry.is_model = is_model
         entry.seed = Seed(facts.infohash, facts.infohash_v2, path)
-        self._add(entry, self._params(torrent, path), lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode)
+        self.add(entry, self._params(torrent, path), lt.torrent_flags.seed_mode | lt.torrent_flags.upload_mode)
         return entry.seed
+
+    async def seed_bytes(self, name: str, data: bytes, folder: Path) -> Seed:
+        """Give a small object, such as a manifest, to whoever asks: `data` is kept as `folder/name`, and its torrent is
+        `metainfo.small_torrent(name, data)`. Idempotent. Raises what that and `seed` raise, and `Unavailable` when
+        the file cannot be written.
+        """
+        made = metainfo.small_torrent(name, data)
+        path = folder / name
+        await asyncio.to_thread(_keep, path, data)
+        return await self.seed(made.torrent, path, is_model=False)
+
+    async def fetch_small(
+        self, infohash: str, peers: Sequence[tuple[str, int]] = (), *, limit: int, deadline_s: float
+    ) -> bytes:
+        """The bytes of the small object with this v1 infohash, from `peers` (IP, port) and whoever discovery finds.
+
+        At most `limit` bytes in one file, or it is refused before any of it is asked for. The caller checks what it is.
+        Calls for one infohash share one fetch, under the limit of the first. Raises `Unserved` at the deadline, and
+        at once where there is no discovery and no peer; `VerificationError` when it is too large or no single file;
+        `NoSpace` and `Unavailable`.
+        """
+        return await self._small.fetch(infohash, peers, limit=limit, deadline_s=deadline_s)
 
     async def forget(self, infohash_v2: str) -> None:
         """Stop seeding; the file stays. Returns when libtorrent has let go of it. An unknown torrent is no error."""
         known = self._torrents.get(infohash_v2)
         if known is not None and known.seed is not None:
-            await self._remove(known)
+            await self.remove(known)
 
     async def download(self, torrent: bytes, folder: Path, filename: str, *, on_progress: Callable[[int], None] | None = None) -> Download:
         """Begin to write `folder/filename`, with what lies there already after it has been hashed again.
@@ -282,92 +244,58 @@ class TorrentSession:
             path = await asyncio.to_thread(_cut, folder / filename, facts.size)
         except OSError as error:
             raise disk_error(error.errno or 0, os.strerror(error.errno or 0)) from error
-        entry = _Torrent(self, facts, torrent)
+        entry = Torrent(self, facts, torrent)
         entry.listener = download = Download(facts, entry, on_progress)
-        self._add(entry, self._params(torrent, path), _CHECKING)
+        self.add(entry, self._params(torrent, path), CHECKING)
         return download
 
-    async def metadata(self, infohash: str | None, infohash_v2: str | None, peers: Sequence[tuple[str, int]], deadline_s: float) -> bytes:
+    async def metadata(
+        self, infohash: str | None, infohash_v2: str | None, peers: Sequence[tuple[str, int]], deadline_s: float
+    ) -> bytes:
         """The whole .torrent with its piece layers, from `peers` and whoever discovery finds. No payload is asked for.
 
         Raises `Unserved` at the deadline, and at once where there is no discovery and no peer; `VerificationError` when
         the torrent is not one that `metainfo.parse` accepts. libtorrent 2.1.1 cannot check the last piece hash of files
         with 512 n + 1 pieces (n > 0) and takes who sends it for a liar, so for those this ends in `Unserved` too.
         """
-        wanted = [name for name in (infohash, infohash_v2) if name]
-        for known in (self._torrents.get(name) for name in wanted):
-            if known is not None and known.torrent is not None:
-                return known.torrent
-        askable = network.addresses(peers)
-        unserved = Unserved("torrent", "no node gave it whole", "join a node that has it, or pull it by its code or CID")
-        if not askable and self._network == "loopback":
-            raise unserved
-        try:
-            async with asyncio.timeout(deadline_s):
-                torrent = await self._ask(infohash, infohash_v2, askable)
-        except TimeoutError:
-            raise unserved from None
-        facts = await asyncio.to_thread(metainfo.parse, torrent)
-        if infohash not in (None, facts.infohash) or infohash_v2 not in (None, facts.infohash_v2):
-            raise VerificationError("torrent", "its v1 and v2 infohash are of different torrents", "check the magnet with whoever gave it")
-        return torrent
-
-    async def _ask(
-        self, infohash: str | None, infohash_v2: str | None, peers: list[tuple[str, int]], patience: float = _LAYERS_S
-    ) -> bytes:
-        params = lt.parse_magnet_uri(network.magnet(infohash, infohash_v2))
-        params.peers = peers
-        # Nothing is written in upload mode; a folder that does not exist keeps libtorrent from looking at anybody's files.
-        params.save_path = f"/nonexistent/{uuid.uuid4()}"
-        entry = _Torrent(self, None, None)
-        entry.with_metadata = asyncio.get_running_loop().create_future()
-        self._add(entry, params, lt.torrent_flags.upload_mode, [name for name in (infohash, infohash_v2) if name])
-        try:
-            await entry.with_metadata
-            hashes = entry.handle.info_hashes()
-            if infohash_v2 or not hashes.has_v2():
-                # Now and then libtorrent never asks a peer, most often on a busy machine; the same peer, met anew, is asked.
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(patience):
-                        return await self._layers(entry)
-                patience *= 2
-            else:
-                # Peers that were met as v1 peers are never asked for v2 hashes: meet them again under both names.
-                infohash_v2 = str(hashes.v2)
-        finally:
-            await self._remove(entry)
-        return await self._ask(infohash, infohash_v2, peers, patience)
-
-    async def _layers(self, entry: _Torrent) -> bytes:
-        # libtorrent asks peers for the piece layers by itself, but says nothing when they have come.
-        pause, longest = _ASK_LAYERS_S
-        while True:
-            if entry.removed is not None:
-                raise Unavailable("BitTorrent", "the session is closing")
-            entry.resume_data = asyncio.get_running_loop().create_future()
-            entry.handle.save_resume_data(lt.save_resume_flags_t.save_info_dict)
-            torrent = await entry.resume_data
-            if torrent is not None:
-                with contextlib.suppress(metainfo.IncompleteLayers):  # some hashes have come, not yet all
-                    await asyncio.to_thread(metainfo.parse, torrent)
-                    return torrent
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, longest)
+        return await self._magnets.metadata(infohash, infohash_v2, peers, deadline_s)
 
     def seeds_and_peers(self, infohash_v2: str) -> tuple[int, int]:
         """(seeders, peers) known of a torrent, peers with seeders, this node not counted; zeros for an unknown one."""
         known = self._torrents.get(infohash_v2)
         return (known.swarm.known_seeds, known.swarm.known_peers) if known is not None else (0, 0)
 
-    def status(self) -> dict[str, int]:
-        """`torrents`, connected `peers`, `download_rate` and `upload_rate` (payload, bytes per second); up to half a second old."""
-        swarms = [torrent.swarm for torrent in dict.fromkeys(self._torrents.values())]
+    def status(self) -> dict[str, Any]:
+        """`torrents` of models, connected `peers`, `download_rate` and `upload_rate` (payload, bytes per second) of all
+        torrents, `dht` (see `Dht.status`); up to half a second old."""
+        torrents = list(dict.fromkeys(self._torrents.values()))
+        swarms = [torrent.swarm for torrent in torrents]
         return {
-            "torrents": len(swarms),
+            "torrents": sum(torrent.is_model for torrent in torrents),
+            "dht": self.dht.status(),
             "peers": sum(swarm.peers for swarm in swarms),
             "download_rate": sum(swarm.download_rate for swarm in swarms),
             "upload_rate": sum(swarm.upload_rate for swarm in swarms),
         }
+
+    def meet(self, infohash: str, peers: Sequence[tuple[str, int]]) -> None:
+        """Connect to `peers` (IP, port) for the torrent with this infohash, v1 or v2; an unknown one is no error.
+
+        For who wants a torrent from this node and cannot dial it: two homes that dial each other at the same time
+        get through routers that keep the port.
+        """
+        torrent = self._torrents.get(infohash)
+        if torrent is not None and torrent.handle is not None and torrent.removed is None:
+            torrent.connect(peers)
+
+    @property
+    def can_discover(self) -> bool:
+        """Whether peers may be found that nobody named, by LSD or DHT."""
+        return self._network != "loopback"
+
+    def known(self, infohash: str) -> Torrent | None:
+        """The torrent with this infohash, v1 or v2."""
+        return self._torrents.get(infohash)
 
     # -- adding and removing ----------------------------------------------------------------------------------------
 
@@ -380,7 +308,7 @@ class TorrentSession:
         params.renamed_files = {0: str(path)}
         return params
 
-    def _add(self, entry: _Torrent, params: Any, flags: int, hashes: Iterable[str] = ()) -> None:
+    def add(self, entry: Torrent, params: Any, flags: int, hashes: Iterable[str] = ()) -> None:
         if self._session is None or self._closing:
             raise Unavailable("BitTorrent", "it is not running", "swarmctl status tells why")
         names = (entry.facts.infohash, entry.facts.infohash_v2) if entry.facts else tuple(hashes)
@@ -392,24 +320,26 @@ class TorrentSession:
         self._stay_connected()
         try:
             entry.handle = self._session.add_torrent(params)
+            self.announce_soon(entry)
         except RuntimeError as error:
             self._forget(entry)
             raise VerificationError("torrent", str(error), "get it from another source") from error
 
-    def _forget(self, entry: _Torrent) -> None:
+    def _forget(self, entry: Torrent) -> None:
         for name in [name for name, other in self._torrents.items() if other is entry]:
             del self._torrents[name]
+        self._announcing.forget(entry)
         self._stay_connected()
 
-    async def _remove(self, entry: _Torrent) -> None:
+    async def remove(self, torrent: Torrent) -> None:
         if self._session is not None:
-            await asyncio.wait([self._start_removal(entry)])
+            await asyncio.wait([self._start_removal(torrent)])
 
-    def _start_removal(self, entry: _Torrent) -> asyncio.Future[None]:
+    def _start_removal(self, entry: Torrent) -> asyncio.Future[None]:
         if entry.removed is None:
             entry.removed = asyncio.get_running_loop().create_future()
             if entry in self._torrents.values():
-                self._session.remove_torrent(entry.handle)
+                self._session.remove_torrent(entry.handle, lt.session.delete_files if entry.delete_files else 0)
             else:
                 entry.gone()
         return entry.removed
@@ -422,9 +352,18 @@ class TorrentSession:
     # -- alerts -----------------------------------------------------------------------------------------------------
 
     def _poll(self) -> None:
+        loop = asyncio.get_running_loop()
         if self._torrents:
             self._session.post_torrent_updates(0)
-        self._timer = asyncio.get_running_loop().call_later(_STATUS_S, self._poll)
+        self.dht.poll()
+        for torrent in self._announcing.due(self._torrents.values(), self.dht.nodes > 0, loop.time()):
+            torrent.handle.force_dht_announce()
+        self._timer = loop.call_later(_STATUS_S, self._poll)
+
+    def announce_soon(self, torrent: Torrent) -> None:
+        """Tell the DHT of `torrent` with the next look at it, if there is a DHT."""
+        if self.dht.enabled:
+            self._announcing.soon(torrent)
 
     def _on_alerts(self, reader: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -436,12 +375,14 @@ class TorrentSession:
             if handler := self._handlers.get(type(alert)):
                 handler(alert)
 
-    def _entry(self, hashes: Any) -> _Torrent | None:
+    def _entry(self, hashes: Any) -> Torrent | None:
         return self._torrents.get(str(hashes.v2)) or self._torrents.get(str(hashes.v1))
 
     def _on_listen_succeeded_alert(self, alert: Any) -> None:
-        if alert.socket_type == lt.socket_type_t.tcp and self._listening is not None and not self._listening.done():
-            self._listening.set_result(None)
+        if alert.socket_type != lt.socket_type_t.tcp:
+            return
+        resolve(self._listening, None)
+        self.ports.renew()  # there may be another router on this address
 
     def _on_torrent_checked_alert(self, alert: Any) -> None:
         entry = self._entry(alert.handle.info_hashes())
@@ -464,6 +405,19 @@ class TorrentSession:
         entry = self._entry(alert.handle.info_hashes())
         if entry is not None and entry.listener is not None:
             entry.listener.on_finished()
+        elif entry is not None:
+            resolve(entry.finished, None)
+
+    def _on_read_piece_alert(self, alert: Any) -> None:
+        entry = self._entry(alert.handle.info_hashes())
+        if entry is None:
+            return
+        index = int(alert.piece)
+        waiting = entry.reads.get(index)
+        if alert.error.value():
+            entry.fail(Unavailable("torrent", f"what came cannot be read: {alert.error.message()}"))
+        else:
+            resolve(waiting, bytes(alert.buffer))
 
     def _on_cache_flushed_alert(self, alert: Any) -> None:
         entry = self._entry(alert.handle.info_hashes())
@@ -485,7 +439,7 @@ class TorrentSession:
     def _on_metadata_received_alert(self, alert: Any) -> None:
         entry = self._entry(alert.handle.info_hashes())
         if entry is not None:
-            _resolve(entry.with_metadata, None)
+            resolve(entry.with_metadata, None)
 
     def _on_save_resume_data_alert(self, alert: Any) -> None:
         entry = self._entry(alert.handle.info_hashes())
@@ -495,18 +449,45 @@ class TorrentSession:
                 torrent = bytes(lt.bencode(whole))
             except RuntimeError:
                 torrent = None  # that is how libtorrent says that piece layers are missing
-            _resolve(entry.resume_data, torrent)
+            resolve(entry.resume_data, torrent)
 
     def _on_save_resume_data_failed_alert(self, alert: Any) -> None:
         entry = self._entry(alert.handle.info_hashes())
         if entry is not None:
-            _resolve(entry.resume_data, None)
+            resolve(entry.resume_data, None)
 
     def _on_torrent_removed_alert(self, alert: Any) -> None:
         entry = self._entry(alert.info_hashes)
-        if entry is not None:
+        if entry is not None and not entry.delete_files:
             self._forget(entry)
             entry.gone()
+
+    def _on_torrent_deleted_alert(self, alert: Any) -> None:
+        entry = self._entry(alert.info_hashes)
+        if entry is not None and entry.removed is not None:
+            self._forget(entry)
+            entry.gone()
+
+    _on_torrent_delete_failed_alert = _on_torrent_deleted_alert  # nothing had been written, or somebody was quicker
+
+    def _on_dht_get_peers_reply_alert(self, alert: Any) -> None:
+        peers = [(str(host), int(port)) for host, port in alert.peers()]
+        self.dht.on_reply(bytes.fromhex(str(alert.info_hash)), peers)
+
+    def _on_dht_stats_alert(self, alert: Any) -> None:
+        self.dht.on_lookups([str(request["type"]) for request in alert.active_requests])
+
+    def _on_session_stats_alert(self, alert: Any) -> None:
+        self.dht.on_nodes(int(alert.values["dht.dht_nodes"]))
+
+    def _on_external_ip_alert(self, alert: Any) -> None:
+        self.dht.on_external_address(str(alert.external_address))
+
+    def _on_portmap_alert(self, alert: Any) -> None:
+        self.ports.on_mapped(int(alert.mapping), str(alert.map_transport), int(alert.external_port))
+
+    def _on_portmap_error_alert(self, alert: Any) -> None:
+        self.ports.on_failed(int(alert.mapping), str(alert.map_transport), str(alert.error.message()))
 
     def _on_state_update_alert(self, alert: Any) -> None:
         for status in alert.status:
@@ -529,11 +510,6 @@ class TorrentSession:
 _ALERTS = [name.removeprefix("_on_") for name in vars(TorrentSession) if name.startswith("_on_") and name.endswith("_alert")]
 
 
-def _resolve(future: asyncio.Future[_T] | None, value: _T) -> None:
-    if future is not None and not future.done():
-        future.set_result(value)
-
-
 def _look_at(path: Path) -> tuple[Path, int]:
     """Absolute, because libtorrent takes a relative path as one below the folder it saves to; and the size in bytes."""
     path = path.absolute()
@@ -545,3 +521,14 @@ def _cut(path: Path, size: int) -> Path:
     if path.exists() and path.stat().st_size > size:
         os.truncate(path, size)
     return path.absolute()
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Have `data` in `path`, written whole or not at all. Raises `Unavailable`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.read_bytes() == data:
+            return
+    except OSError as error:
+        raise disk_error(error.errno or 0, os.strerror(error.errno or 0)) from error
+    write_private(path, data)

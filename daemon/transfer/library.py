@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -195,10 +195,13 @@ class Library:
         self._on_change()
         return record.model, notes
 
-    async def keep_pinned(self, node: IpfsNode, *, own: bool) -> None:
-        """Pin what is here and IPFS has not; where the node is our `own`, unpin what it has and is not here any more."""
+    async def keep_pinned(self, node: IpfsNode, *, own: bool, others: Set[str] = frozenset()) -> None:
+        """Pin what is here and IPFS has not; where the node is our `own`, unpin what it has and is not here any more.
+
+        `others` are the CIDs that somebody else of this daemon has pinned.
+        """
         pins = await node.pins()
-        wanted: set[str] = set().union(*(pinned_for(model) for model in self.models()))
+        wanted = set(others).union(*(pinned_for(model) for model in self.models()))
         if own:
             # Kubo has pinned a few things of its own, under CIDs of version 0.
             await self._seeding.forget(node, sorted(cid for cid in pins - wanted if cid.startswith("b")))

@@ -15,11 +15,12 @@ from aiohttp import web
 from daemon.buckets import Buckets
 from daemon.errors import Busy, NotFound, SwarmError, Unserved, UsageError, VerificationError
 from daemon.ipfs.interface import IpfsNode
+from daemon.membership import Membership
 from daemon.peerapi.limits import Limits
 from daemon.peerapi.server import Route, source_of
 from daemon.peerapi.ways import Ways
 from registry.cid import UnixfsHasher, parse_cid
-from registry.errors import Malformed
+from registry.errors import Malformed, NotVerified
 from registry.records import Peer
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ TORRENT_LIMIT = 32 << 20
 _DEADLINE_S = 15.0
 _HOLDERS = 8  # nodes asked for one object
 _PATH = "/swarm/1/object/"
+_SEALED = "object"  # what is sealed
 
 
 def object_cid(data: bytes) -> str:
@@ -39,8 +41,13 @@ def object_cid(data: bytes) -> str:
 
 class Objects:
     def __init__(
-        self, ipfs: Callable[[], IpfsNode | None], ways: Ways, session: aiohttp.ClientSession
+        self,
+        ipfs: Callable[[], IpfsNode | None],
+        ways: Ways,
+        session: aiohttp.ClientSession,
+        membership: Membership,
     ) -> None:
+        self._membership = membership
         self._ipfs = ipfs
         self._ways = ways
         self._session = session
@@ -77,24 +84,32 @@ class Objects:
     async def _from_peer(self, holder: Peer, cid: str, limit: int) -> bytes:
         async with (
             self._ways.to(holder) as way,
-            self._session.get(way.url + _PATH + cid, allow_redirects=False) as response,
+            self._session.get(
+                way.url + _PATH + cid, headers=way.headers, allow_redirects=False
+            ) as response,
         ):
             if response.status != 200:
                 raise Unserved(cid, f"a node answered {response.status}")
-            data = await response.content.read(limit + 1)
-            while len(data) <= limit and (more := await response.content.read(limit + 1 - len(data))):
+            most = limit + self._membership.overhead
+            data = await response.content.read(most + 1)
+            while len(data) <= most and (more := await response.content.read(most + 1 - len(data))):
                 data += more
-            if len(data) > limit:
-                raise VerificationError(cid, "the object is too large")
-            return data
+        try:
+            return self._membership.open(data, _SEALED, limit=limit)
+        except (Malformed, NotVerified) as error:
+            raise VerificationError(cid, str(error)) from error
 
 
 class ObjectServer:
     """Gives small objects of this node to others. `read` gives one by its canonical CID, or None."""
 
     def __init__(
-        self, read: Callable[[str], Awaitable[bytes | None]], limits: Limits | None = None
+        self,
+        read: Callable[[str], Awaitable[bytes | None]],
+        membership: Membership,
+        limits: Limits | None = None,
     ) -> None:
+        self._membership = membership
         limits = limits or Limits()
         self._read = read
         self._rate = Buckets(
@@ -114,4 +129,5 @@ class ObjectServer:
         data = await self._read(cid)
         if data is None or len(data) > TORRENT_LIMIT:
             raise NotFound("object", "this node does not have it")
-        return web.Response(body=io.BytesIO(data), content_type="application/octet-stream")
+        sealed = io.BytesIO(self._membership.seal(data, _SEALED))
+        return web.Response(body=sealed, content_type="application/octet-stream")

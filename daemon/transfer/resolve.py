@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from daemon.errors import Ambiguous, NotFound, Refused, SwarmError, Unavailable, Unserved, UsageError, VerificationError
+from daemon.gossip.rendezvous import Search
 from daemon.ipfs.interface import IpfsNode
 from daemon.torrent import metainfo
 from daemon.transfer.objects import MANIFEST_LIMIT, TORRENT_LIMIT, Objects, object_cid
@@ -27,6 +28,7 @@ from registry.records import Identity, Offer, Peer, Trust
 log = logging.getLogger(__name__)
 
 _GOSSIP_WAIT_S = 3.0  # how long an unknown code may take to be announced
+_LOOK_S = 0.1
 _MANIFESTS = 16  # of one model that are looked at, those that most nodes name first
 _STANDING: tuple[Trust, ...] = ("trusted", "pinned", "unknown", "MISMATCH", "blocked")
 _CID_DEADLINE_S = 30.0  # how long IPFS may look for a bare CID
@@ -69,14 +71,23 @@ class Announced(Protocol):
 
 
 class Resolver:
+    """`search` looks for nodes that have what a reference means, until its second argument says that it was found."""
+
     def __init__(
-        self, objects: Objects, peers: Announced, trust: TrustBook, ipfs: Callable[[], IpfsNode | None], ipfs_enabled: bool
+        self,
+        objects: Objects,
+        peers: Announced,
+        trust: TrustBook,
+        ipfs: Callable[[], IpfsNode | None],
+        ipfs_enabled: bool,
+        search: Search,
     ) -> None:
         self._objects = objects
         self._peers = peers
         self._trust = trust
         self._ipfs = ipfs
         self._ipfs_enabled = ipfs_enabled
+        self._search = search
 
     async def resolve(self, text: str) -> Plan:
         """Raises `UsageError`, `NotFound`, `Ambiguous`, `Unserved`, `VerificationError` or `Refused`."""
@@ -107,12 +118,7 @@ class Resolver:
     # -- offers -----------------------------------------------------------------------------------------------------
 
     async def _announced(self, text: str, ref: refs.CodeRef | refs.NameRef) -> list[Offer]:
-        deadline = time.monotonic() + _GOSSIP_WAIT_S
-        while True:
-            offers = [offer for offer in self._peers.offers() if _offered_as(ref, offer)]
-            if offers or time.monotonic() > deadline:
-                break
-            await asyncio.sleep(0.1)
+        offers = await self._heard_of(text, lambda offer: _offered_as(ref, offer))
         models = routing.aggregate(offers, ())
         if not models:
             raise NotFound(
@@ -123,6 +129,23 @@ class Resolver:
             listing = ", ".join(f"{code} {model.name}" for code, model in zip(told, models, strict=True))
             raise Ambiguous(text, f"means {len(models)} models: {listing}", "use a longer code or the CID")
         return offers
+
+    async def _heard_of(self, text: str, matches: Callable[[Offer], bool]) -> list[Offer]:
+        """The offers that match, once there are any; looked for where nobody has announced one in a moment."""
+
+        def matching() -> list[Offer]:
+            return [offer for offer in self._peers.offers() if matches(offer)]
+
+        if not matching():
+            deadline = time.monotonic() + _GOSSIP_WAIT_S
+            search = asyncio.ensure_future(self._search(text, lambda: bool(matching())))
+            try:
+                while not matching() and (time.monotonic() < deadline or not search.done()):  # noqa: ASYNC110 - no event tells
+                    await asyncio.sleep(_LOOK_S)
+            finally:
+                search.cancel()
+                await asyncio.gather(search, return_exceptions=True)
+        return matching()
 
     async def _from_offers(self, text: str, offers: Sequence[Offer]) -> Plan:
         """What most nodes say comes first. Each offer stands for itself: a lie in one must not speak against the others' manifest."""

@@ -14,6 +14,12 @@ from swarmctl.conversation import MAX_TEXT, Conversation
 from swarmctl.failure import USAGE, Failure
 
 _MARKED_CODE = re.compile(r"#[A-Za-z2-7]{7,52}")
+_via = click.option(
+    "--via",
+    default="auto",
+    metavar="auto|never|NODE",
+    help="The way of the answer: a relay where nothing else works, none, or this node alone.",
+)
 
 
 @click.command(cls=Command)
@@ -21,8 +27,16 @@ _MARKED_CODE = re.compile(r"#[A-Za-z2-7]{7,52}")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="End the answer after so many tokens.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")
 @click.option("--system", help="Instructions that go before the prompt.")
+@_via
 @pass_context
-def ask(context: Context, words: tuple[str, ...], max_tokens: int | None, temperature: float | None, system: str | None) -> None:
+def ask(
+    context: Context,
+    words: tuple[str, ...],
+    max_tokens: int | None,
+    temperature: float | None,
+    system: str | None,
+    via: str,
+) -> None:
     """Ask a model of the swarm; the answer alone goes to stdout.
 
     Without a PROMPT, or when it is -, the prompt is read from standard input. Without a CODE, one that is served is chosen.
@@ -33,7 +47,8 @@ def ask(context: Context, words: tuple[str, ...], max_tokens: int | None, temper
     prompt, code = split(words)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": _from_stdin() if prompt in (None, "-") else prompt})
-    body = {"modelId": code, "messages": messages, "maxTokens": max_tokens, "temperature": temperature, "stream": True}
+    limits = {"maxTokens": max_tokens, "temperature": temperature, "via": via}
+    body = {"modelId": code, "messages": messages, **limits, "stream": True}
     answer: dict[str, Any] = {}
     stream(context.client(), body, answer, lambda: context.say(who(answer)), shown=not context.json)
     if context.json:
@@ -73,9 +88,16 @@ def _from_stdin() -> str:
 @click.option("--max-tokens", type=click.IntRange(min=1), help="End each answer after so many tokens.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")
 @click.option("--resume", type=click.Path(path_type=Path, dir_okay=False), help="Go on with a conversation that /save wrote.")
+@_via
 @pass_context
 def chat(
-    context: Context, model: str | None, system: str | None, max_tokens: int | None, temperature: float | None, resume: Path | None
+    context: Context,
+    model: str | None,
+    system: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    resume: Path | None,
+    via: str,
 ) -> None:
     """Talk with a model of the swarm; /help in the conversation says what can be typed.
 
@@ -86,4 +108,5 @@ def chat(
     conversation = load(resume) if resume is not None else Conversation()
     conversation.model = model or conversation.model
     conversation.system = system or conversation.system
-    Dialogue(context, conversation, {"maxTokens": max_tokens, "temperature": temperature}, resume and resume.absolute()).run()
+    limits = {"maxTokens": max_tokens, "temperature": temperature, "via": via}
+    Dialogue(context, conversation, limits, resume and resume.absolute()).run()

@@ -1,4 +1,4 @@
-"""`doctor`: is everything there that a node needs, and is nothing open that must not be."""
+"""`doctor`: is everything there, is anything open, and how does the node stand in the network."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from swarmctl.checks import Check
 from swarmctl.context import Command, Context, pass_context
 from swarmctl.failure import IN_THE_WAY, Failure
 
@@ -37,24 +38,17 @@ except SwarmError as error:
 """
 
 
-@dataclass(frozen=True)
-class Check:
-    name: str
-    ok: bool
-    detail: str
-    hint: str = ""
-
-
 @click.command(cls=Command)
 @click.option("--setup", is_flag=True, help="Fetch Kubo, or build it, where none is found.")
 @pass_context
 def doctor(context: Context, setup: bool) -> None:
-    """Check what a node needs. Exit code 7 when something is wrong."""
+    """Check what a node needs and how it stands in the network; exit code 7: something is wrong."""
     from swarmctl import render
 
     if setup:
         _set_up(context)
     checks = [check for examine in _EXAMINATIONS for check in examine(context.home)]
+    checks += _network(context)
     document = {"ok": all(check.ok for check in checks), "checks": [asdict(check) for check in checks]}
     rows = [("ok" if check.ok else "WRONG", check.name, check.detail + (f"; {check.hint}" if check.hint else "")) for check in checks]
     context.show(document, lambda: render.table(("", "what", "how"), rows, ""))
@@ -174,6 +168,22 @@ def _is_kubo(host: str, port: int) -> bool:
         return False
     finally:
         connection.close()
+
+
+def _network(context: Context) -> list[Check]:
+    """How the running daemon stands in its network; it is not started for this."""
+    from swarmctl import launch, network
+    from swarmctl.client import Client
+
+    url = context.elsewhere
+    if url is None:
+        found = launch.find(context.home)
+        if found is None:
+            hint = "swarmctl up, then swarmctl doctor again"
+            return [Check("network", True, "not looked at: no daemon runs", hint)]
+        url = found.url
+    client = Client(url, launch.token(context.home))
+    return network.checks(client.get("/api/status"), len(client.get("/api/swarm/peers")))
 
 
 def _child(command: list[str]) -> tuple[int, str, str]:

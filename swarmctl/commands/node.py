@@ -64,7 +64,7 @@ def down(context: Context) -> None:
 @pass_context
 def status(context: Context) -> None:
     """How the node is, and its address for `join`. Does not start the daemon: exit code 7 when it is not running."""
-    from swarmctl import launch, render
+    from swarmctl import launch, network, render
     from swarmctl.client import Client
 
     url = context.elsewhere
@@ -74,7 +74,7 @@ def status(context: Context) -> None:
             raise Failure(IN_THE_WAY, "daemon: it is not running", "swarmctl up starts it")
         url = found.url
     document = Client(url, launch.token(context.home)).get("/api/status")
-    context.show(document, lambda: render.status(document))
+    context.show(document, lambda: render.status(document, network.lines(document)))
 
 
 @click.command(cls=Command)

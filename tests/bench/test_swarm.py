@@ -262,10 +262,7 @@ async def test_what_a_change_costs_with_200_models(ledger: LedgerThread) -> None
     address = Address(node, (f"/ip4/198.51.100.1/tcp/4001/p2p/{PEER_ID}",), (), ("http://198.51.100.1:8788",))
     card = Card(PEER_ID, address, SealKey(7, "ab" * 32, int(START) + 3600))
 
-    async def describe() -> list[object]:
-        return list(offers)
-
-    pages = OwnPages(key, ledger, card=lambda: card, describe=describe, clock=lambda: now[0])  # type: ignore[arg-type]
+    pages = OwnPages(key, ledger, card=lambda: card, offers=lambda: list(offers), clock=lambda: now[0])
     await pages.open()
     sizes = {"all": sum(map(len, await pages.renew(39)))}
     for what, change in {

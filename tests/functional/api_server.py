@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from daemon.api.limits import Limits
 from daemon.api.server import open_api
 from daemon.api.services import Services
 from daemon.api.sessions import Sessions
+from daemon.config import Config
 from daemon.engine.interface import (
     Candidate,
     ChatRequest,
@@ -48,6 +50,21 @@ from registry.records import Address, Announcement, GgufFacts, Identity, Model, 
 TOKEN = "t" * 32
 NODE = "ed25519:" + "ab" * 32
 OTHER = "ed25519:" + "cd" * 32
+RELAY = "ed25519:" + "1a2b3c4d" * 8
+EXPIRES = 1_900_000_000
+# What `status` says of the network of a node on loopback that knows nobody.
+ALONE: dict[str, Any] = {
+    "reachability": "unknown",
+    "relays": [],
+    "relaying": {"enabled": False, "nodes": 0, "streams": 0, "bytes": 0},
+    "dht": {"bittorrent": 0, "ipfs": 0},
+    "neighbours": 0,
+    "nat": "unknown",
+    "external": [],
+    "clock": {"off": False, "why": None},
+    "peer_api": {"port": 2, "open": False, "url": None},
+    "swarm": {"name": "", "closed": False},
+}
 CID = "bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi"
 CID2 = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
 MODEL = Model(
@@ -219,8 +236,16 @@ class FakeUpstreams:
 
 
 class FakePeers:
+    """One node that another carries for."""
+
     def __init__(self) -> None:
-        self.rows = [Peer(OTHER, None, Address(OTHER, http=("http://127.0.0.1:9",)), 1, 1_900_000_000)]
+        at, there = "http://127.0.0.1:9", "http://127.0.0.1:10"
+        point = f"{RELAY.removeprefix('ed25519:')}@{there}"
+        self.rows = [
+            Peer(OTHER, None, Address(OTHER, http=(at,), relays=(point,)), 1, EXPIRES),
+            Peer(RELAY, None, Address(RELAY, http=(there,)), 1, EXPIRES, relay=True),
+        ]
+        self.reached = {OTHER: RELAY}
 
     def offers(self) -> list[Offer]:
         return [
@@ -251,6 +276,7 @@ class FakeAnswer:
     answered_by: str
     code: str
     name: str
+    via: str | None
     deltas: AsyncIterator[Delta]
 
 
@@ -259,6 +285,7 @@ class FakeEmbedded:
     answered_by: str
     code: str
     name: str
+    via: str | None
     embeddings: Embeddings
 
 
@@ -271,7 +298,8 @@ class FakeAnswers:
         self.gate = asyncio.Event()  # until it is set, "wait" does
         self._home = home
 
-    async def open(self, model: str | None, request: Request) -> FakeAnswer:
+    async def open(self, model: str | None, request: Request, *, via: str = "auto") -> FakeAnswer:
+        """Relayed by the node that `via` names; by none for auto and never."""
         if model == "nobody":
             raise NotFound("nobody", "nobody serves it", "swarmctl models")
         self.requests.append((model, request))
@@ -280,12 +308,14 @@ class FakeAnswers:
             raise Busy("tiny", "all slots are taken", "try again")
         if prompt == "too long":
             raise ContextOverflow("prompt", "it has 9 tokens, more than 8", "send less")
-        return FakeAnswer(OTHER, FULL_CODE, "tiny", self._deltas(prompt, request))
+        relay = None if via in ("auto", "never") else via
+        return FakeAnswer(OTHER, FULL_CODE, "tiny", relay, self._deltas(prompt, request))
 
     async def embed(self, model: str | None, request: EmbeddingRequest) -> FakeEmbedded:
         """The vector of an input is its length and 1, not of length 1."""
         vectors = tuple(struct.pack("<2f", len(one), 1) for one in request.inputs)
-        return FakeEmbedded(OTHER, FULL_CODE, "tiny", Embeddings(vectors, sum(len(one) for one in request.inputs)))
+        found = Embeddings(vectors, sum(len(one) for one in request.inputs))
+        return FakeEmbedded(OTHER, FULL_CODE, "tiny", None, found)
 
     async def _deltas(self, prompt: str, request: Request) -> AsyncIterator[Delta]:
         try:
@@ -385,18 +415,23 @@ class World:
         self.passed = 0.0  # seconds by which time has moved on for sessions
         self.stopped = asyncio.Event()
         self.url = ""
+        self.config = Config(home=Path("/"), network="loopback")
+        self.standing = copy.deepcopy(ALONE)
 
     def app(self, limits: Limits | None = None) -> web.Application:
         return create_app(self.services(), TOKEN, self.sessions, limits)
 
     async def status(self) -> dict[str, Any]:
         ipfs = {"enabled": False, "state": "off", "version": None, "pid": None, "peers": 0, "reason": None}
-        bittorrent = {"enabled": True, "state": "ready", "port": 1, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0}
+        dht = {"enabled": False, "nodes": 0, "state": "off"}
+        bittorrent = {
+            "enabled": True, "state": "ready", "port": 1, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0, "dht": dht,
+        }  # fmt: skip
         return {
             "state": "ready", "node": NODE, "peer_id": None, "addresses": ["swarmctl://" + "ab" * 32], "api": self.url,
             "network": "loopback",
             "version": "0.1.0", "pid": os.getpid(), "started": "2026-11-21T10:00:00Z", "home": "/", "ipfs": ipfs, "bittorrent": bittorrent,
-            "models": 1, "engine": [], "serving": [], "transfers": 0,
+            "models": 1, "engine": [], "serving": [], "transfers": 0, **self.standing,
         }  # fmt: skip
 
     def own_offers(self) -> list[Offer]:
@@ -410,6 +445,7 @@ class World:
 
     def services(self) -> Services:
         return Services(
+            config=self.config, reached_via=self.peers.reached.get,
             library=self.library, pull=self.transfers.pull, publish=self.transfers.publish, transfers=self.transfers, serving=self.serving,
             upstreams=self.upstreams, peers=self.peers, own_offers=self.own_offers,
             gossip=FakeGossip(), answers=self.answers, trust=self.trust, status=self.status, stop=self.stopped.set,

@@ -76,10 +76,13 @@ class Forger:
 @contextmanager
 def forger() -> Iterator[Forger]:
     objects: dict[str, bytes] = {}
+    who: list[str] = []
 
-    class Door(BaseHTTPRequestHandler):
+    class PeerApi(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             data = objects.get(self.path.rpartition("/")[2])
+            if self.path == "/swarm/1/ping":
+                data = json.dumps({"node": who[0]}).encode()
             self.send_response(404 if data is None else 200)
             self.send_header("Content-Length", str(len(data or b"")))
             self.end_headers()
@@ -91,11 +94,13 @@ def forger() -> Iterator[Forger]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Door) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), PeerApi) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
-            yield Forger(f"http://127.0.0.1:{server.server_port}", objects)
+            made = Forger(f"http://127.0.0.1:{server.server_port}", objects)
+            who.append(made.node)
+            yield made
         finally:
             server.shutdown()
             thread.join()

@@ -41,18 +41,22 @@ def until(probe: Callable[[], T | None], what: str, deadline_s: float = DEADLINE
 class Node:
     """One node. `up()` starts its daemon, `run()` is a command with --json, `stop()` ends it and is safe to repeat."""
 
-    def __init__(self, home: Path, kubo: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, home: Path, kubo: Path, environment: Mapping[str, str] | None = None, within: Sequence[str] = ()
+    ) -> None:
+        """`within`: a command that runs the daemon and every `swarmctl`, in a namespace for instance."""
         self.home = home
+        self.within = tuple(within)
         ours = {"SWARMCTL_IPFS_BINARY": str(kubo), "SWARMCTL_HOME": str(home), "SWARMCTL_NETWORK": "loopback"}
         self.environment = {**os.environ, **ours, **(environment or {})}
         self.daemon: subprocess.Popen[str] | None = None
         self.status: dict[str, Any] = {}
 
     def up(self, *settings: str, within: Sequence[str] = ()) -> Node:
-        """`within`: a command that runs the daemon's command, in limits or a namespace of its own."""
+        """`within`: a command that runs the daemon's command alone, in limits of its own."""
         log = (self.home.parent / f"{self.home.name}.log").open("a")
         self.daemon = subprocess.Popen(
-            [*within, sys.executable, "-m", "daemon.main", "--home", str(self.home), *settings],
+            [*self.within, *within, sys.executable, "-m", "daemon.main", "--home", str(self.home), *settings],
             env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True,
         )  # fmt: skip
         daemon = self.daemon
@@ -64,7 +68,7 @@ class Node:
     def start(self, *words: str, **options: Any) -> subprocess.Popen[str]:
         """A command that goes on while the test does something else."""
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([*SWARMCTL, *words], env=self.environment, **{**pipes, **options})
+        return subprocess.Popen([*self.within, *SWARMCTL, *words], env=self.environment, **{**pipes, **options})
 
     def run(self, *words: str, timeout: float = DEADLINE_S) -> Any:
         """The document that a command prints with --json. Raises `Failed`."""

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
+from daemon import config
 from daemon.api.limits import Limits
 from daemon.engine.interface import Sampling
-from tests.functional.api_server import CID, CID2, MODEL, NODE, OTHER, TOKEN, World, running
+from registry.records import Address, Peer
+from tests.functional.api_server import CID, CID2, EXPIRES, MODEL, NODE, OTHER, RELAY, TOKEN, World, running
+
+TOKENS = {"Authorization": f"Bearer {TOKEN}"}
 
 MESSAGES = [{"role": "user", "content": "one two three"}]
 QUESTION = {"modelId": "tiny", "messages": MESSAGES, "maxTokens": 9, "temperature": 0, "topP": 0.5, "seed": 3, "stop": "x"}
@@ -114,8 +119,10 @@ async def test_lists(api: aiohttp.ClientSession) -> None:
     swarm = await (await api.get("/api/swarm/models")).json()
     seen = [(entry["cid"], entry["nodes"], entry["local"], entry["serving"]) for entry in swarm]
     assert seen == [(CID2, 1, False, True), (CID, 2, True, False)]
-    (peer,) = await (await api.get("/api/swarm/peers")).json()
+    peer, relay = await (await api.get("/api/swarm/peers")).json()
     assert (peer["node"], peer["models"], len(peer["serving"]), peer["expires"]) == (OTHER, 2, 1, "2030-03-17T17:46:40Z")
+    assert (peer["relays"], peer["relay"], peer["via"]) == ([RELAY], False, RELAY)
+    assert (relay["relays"], relay["relay"], relay["via"]) == ([], True, None)
 
 
 async def test_publish_whole_and_streamed(api: aiohttp.ClientSession) -> None:
@@ -274,7 +281,7 @@ async def test_chats_in_our_own_words(api: aiohttp.ClientSession, world: World) 
     (_, asked) = world.answers.requests[-1]
     assert asked.sampling == Sampling(max_tokens=9, temperature=0.0, top_p=0.5, seed=3, stop=("x",))
     events = await sse(await api.post("/api/swarm/relay/chat", json={"messages": MESSAGES, "stream": True}))
-    assert events[0] == {"answered_by": OTHER, "code": "abc2def", "name": "tiny"}
+    assert events[0] == {"answered_by": OTHER, "via": None, "code": "abc2def", "name": "tiny"}
     assert "".join(event.get("text", "") for event in events) == "one two three "
     assert (events[-1]["finish_reason"], events[-1]["usage"]["total_tokens"]) == ("stop", 8)
     failing = [{"role": "user", "content": "fail later"}]
@@ -282,6 +289,41 @@ async def test_chats_in_our_own_words(api: aiohttp.ClientSession, world: World) 
     assert later[-1]["error"]["code"] == 7
     cut = await api.post("/api/swarm/relay/chat", json={"messages": [{"role": "user", "content": "cut off"}]})
     assert cut.status == 503
+
+
+@pytest.mark.parametrize("path", ["/api/ai/chat", "/api/swarm/relay/chat"])
+@pytest.mark.parametrize(("via", "through"), [("auto", None), ("never", None), (RELAY, RELAY), ("1A2b3C4d", RELAY)])
+async def test_the_relay_may_be_named(api: aiohttp.ClientSession, path: str, via: str, through: str | None) -> None:
+    answer = await (await api.post(path, json={**QUESTION, "via": via})).json()
+    assert (answer["answered_by"], answer["via"]) == (OTHER, through)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("via", "status", "code"),
+    [("ffffffff", 404, 3), ("1a2b3c4d", 409, 3), ("nearby", 400, 2), ("x" * 80, 400, 2), (7, 400, 2)],
+)
+async def test_a_relay_that_cannot_be_told(
+    api: aiohttp.ClientSession, world: World, via: Any, status: int, code: int, stream: bool
+) -> None:
+    twin = "ed25519:1a2b3c4d" + "00" * 28
+    world.peers.rows.append(Peer(twin, None, Address(twin), 1, EXPIRES))
+    body = {"messages": MESSAGES, "via": via, "stream": stream}
+    answer = await api.post("/api/swarm/relay/chat", json=body)
+    assert (answer.status, (await answer.json())["error"]["code"]) == (status, code)
+    assert world.answers.requests == []
+
+
+async def test_privacy_follows_settings_and_state(api: aiohttp.ClientSession, world: World) -> None:
+    quiet = await (await api.get("/api/privacy")).json()
+    assert all(set(told) == {"who", "learns", "because", "change"} for told in quiet)
+    world.config = config.load(Path("/nonexistent"), {}, {})
+    world.standing["relays"] = [RELAY]
+    async with running(world) as url, aiohttp.ClientSession(url, headers=TOKENS) as anew:
+        loud = await (await anew.get("/api/privacy")).json()
+    names = {told["who"] for told in loud}
+    assert names > {"the node that carries for this one", "the bootstrap hosts"}
+    assert not names & {"nodes of this machine that were joined"}
 
 
 @pytest.mark.parametrize("prompt", ["for ever", "flood"])

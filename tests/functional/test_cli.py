@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from swarmctl import launch
-from tests.functional.api_server import CID, NODE, OTHER, TOKEN
+from tests.functional.api_server import CID, NODE, OTHER, RELAY, TOKEN
 
 ROOT = Path(__file__).parent.parent.parent
 SERVER = str(Path(__file__).with_name("api_server.py"))
@@ -81,7 +81,11 @@ def test_the_fields_that_others_script_against(node: Path) -> None:
     (model,) = document(node, "ls")
     assert (model["name"], model["cid"], model["local"], len(model["code"])) == ("tiny", CID, True, 7)
     assert {entry["name"] for entry in document(node, "models")} >= {"tiny"}
-    assert document(node, "peers")[0]["node"] == OTHER
+    assert [(peer["node"], peer["relays"], peer["relay"]) for peer in document(node, "peers")] == [
+        (OTHER, [RELAY], False),
+        (RELAY, [], True),
+    ]
+    assert {"who", "learns", "because", "change"} == set(document(node, "privacy")[0])
     assert document(node, "status")["node"] == NODE
     assert document(node, "key") == {"node": NODE}
     assert document(node, "join", "swarmctl://" + "cd" * 32)["node"] == OTHER
@@ -144,7 +148,12 @@ def test_for_people_names_are_escaped(node: Path) -> None:
     assert "evil\\x1b[2J\\u202egguf" in stdout
     assert stdout.splitlines()[0].split() == ["code", "name", "size", "nodes", "serving", "seeders/peers", "local"]
     assert "\nipfs        off\n" in run(node, "status")[1]
-    for words in (("ls",), ("peers",), ("status",), ("fsck",), ("verify", "tiny"), ("trust", "list")):
+    assert "\nnetwork     loopback\n" in run(node, "status")[1]
+    peer, relay = run(node, "peers")[1].splitlines()[1:]
+    assert peer.split()[3:6] == ["1a2b3c4d", "-", "1a2b3c4d"]
+    assert relay.split()[3:6] == ["-", "yes", "-"]
+    assert "\n  learns   the prompt and the answer\n" in run(node, "privacy")[1]
+    for words in (("ls",), ("fsck",), ("verify", "tiny"), ("trust", "list")):
         code, stdout, _ = run(node, *words)
         assert code == 0
         assert stdout.strip()
@@ -225,8 +234,26 @@ def test_nothing_to_ask(node: Path) -> None:
 
 def test_an_answer_as_json(node: Path) -> None:
     answer = document(node, "ask", "one two three")
-    assert set(answer) == {"answered_by", "code", "name", "text", "usage", "ttft_ms", "tokens_per_second", "finish_reason"}
+    assert answer["via"] is None
+    assert set(answer) == {"answered_by", "via", "code", "name", "text", "usage", "ttft_ms", "tokens_per_second", "finish_reason"}
     assert (answer["text"], answer["finish_reason"], answer["usage"]["completion_tokens"]) == ("one two three ", "stop", 5)
+
+
+def test_a_relay_is_named_and_told(node: Path) -> None:
+    code, stdout, stderr = run(node, "ask", "one two", "--via", "1a2b3c4d")
+    assert (code, stdout) == (0, "one two \n")
+    assert stderr == f"tiny (#abc2def) on node {OTHER[8:16]}, through node 1a2b3c4d\n"
+    assert document(node, "ask", "one", "--via", RELAY)["via"] == RELAY
+    assert document(node, "ask", "one", "--via", "never")["via"] is None
+    code, stdout, stderr = run(node, "chat", "--via", "1a2b3c4d", text="one\ntwo\n")
+    assert (code, stdout, stderr.count("through node 1a2b3c4d\n")) == (0, "one \ntwo \n", 1)
+
+
+@pytest.mark.parametrize(("via", "code"), [("ffffffff", 3), ("nearby", 2), ("", 2)])
+def test_a_relay_that_is_not_known(node: Path, via: str, code: int) -> None:
+    ended, stdout, stderr = run(node, "ask", "one", "--via", via)
+    assert (ended, stdout, stderr.count("\n")) == (code, "", 1)
+    assert stderr.startswith("error: via: ") and "; " in stderr
 
 
 def test_r16_no_escape_sequence_reaches_the_terminal(node: Path) -> None:
@@ -390,10 +417,22 @@ def test_a_quick_command_imports_little(tmp_path: Path) -> None:
     assert not loaded & {"rich", "http.client", "ssl", "asyncio", "aiohttp", "platformdirs", "daemon", "registry"}
 
 
+NETWORK = {"network", "peers", "clock", "bittorrent", "ipfs", "peer api"}  # of a node on loopback
+
+
+def test_doctor_without_a_daemon(tmp_path: Path) -> None:
+    """It starts none."""
+    _, stdout, _ = run(tmp_path / "none", "doctor", "--json", more={"IPFS_PATH": str(tmp_path)})
+    checks = {check["name"]: check for check in json.loads(stdout)["checks"]}
+    assert not set(checks) & (NETWORK - {"network"})
+    assert checks["network"]["ok"] and "no daemon runs" in checks["network"]["detail"]
+    assert not (tmp_path / "none").exists()
+
+
 def test_doctor(node: Path, tmp_path: Path) -> None:
     code, stdout, stderr = run(node, "doctor", "--json", more={"IPFS_PATH": str(tmp_path)})
     checks = {check["name"]: check for check in json.loads(stdout)["checks"]}
-    assert set(checks) == {"python", "libtorrent", "llama_cpp", "kubo", "home", "space", "daemon", "kubo rpc"}
+    assert set(checks) == {"python", "libtorrent", "llama_cpp", "kubo", "home", "space", "daemon", "kubo rpc", *NETWORK}
     assert checks["libtorrent"]["ok"] and checks["home"]["ok"] and "runs at" in checks["daemon"]["detail"]
     assert (code == 0) == all(check["ok"] for check in checks.values()), stderr
 

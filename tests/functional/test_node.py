@@ -18,8 +18,9 @@ from aiohttp import web
 from daemon.errors import Unavailable, Unserved, UsageError, VerificationError
 from daemon.ipfs.node import KuboNode
 from daemon.ipfs.rpc import Rpc
+from daemon.membership import OpenSwarm
 from daemon.peerapi.server import PeerApi, Route
-from registry.cid import UnixfsHasher
+from registry.cid import UnixfsHasher, leaf_cid
 from tests.functional.kubos import Running, running, two, until
 
 MIB = 1 << 20
@@ -289,15 +290,59 @@ async def test_connecting(pair: tuple[Running, Running]) -> None:
             await b.node.connect(address, deadline_s=5)
 
 
+async def test_connections_say_who_dialled(pair: tuple[Running, Running]) -> None:
+    a, b = pair
+    (seen,) = await b.node.connections()
+    (back,) = await a.node.connections()
+    assert seen.peer_id == (await a.node.identity()).peer_id and seen.address.startswith("/ip4/127.0.0.1/tcp/")
+    assert (seen.inbound, seen.relayed, back.inbound) == (False, False, True)
+    assert await b.node.reachability() == "unknown"
+    assert await b.node.known_peers() == ()
+
+
+async def test_without_a_dht_a_block_is_kept_and_nobody_told(pair: tuple[Running, Running]) -> None:
+    a, b = pair
+    with pytest.raises(Unserved):
+        await a.node.provide(b"a meeting place", deadline_s=5)
+    cid = leaf_cid(b"a meeting place")
+    assert cid in await a.node.pins()
+    assert [found async for found in b.node.providers(cid, limit=5, deadline_s=5)] == []
+    await a.node.unprovide(cid)
+    await a.node.unprovide(cid)
+    assert cid not in await a.node.pins()
+
+
+async def test_a_stream_begins_with_who_opened_it_where_that_is_wanted(pair: tuple[Running, Running]) -> None:
+    a, b = pair
+    came: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.put_nowait(await reader.readline())
+        writer.close()
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        peer = (await a.node.identity()).peer_id
+        for wanted in (True, False):
+            await a.node.listen("/x/test/1", port, report_peer_id=wanted)
+            async with b.node.dial("/x/test/1", peer) as (host, tunnel):
+                _, writer = await asyncio.open_connection(host, tunnel)
+                writer.write(b"hello\n")
+                line = await asyncio.wait_for(came.get(), 10)
+                assert line == (f"{(await b.node.identity()).peer_id}\n".encode() if wanted else b"hello\n")
+                writer.close()
+
+
 async def test_http_through_a_stream(pair: tuple[Running, Running]) -> None:
     a, b = pair
 
     async def echo(request: web.Request) -> web.Response:
         return web.Response(body=await request.read())
 
-    async with PeerApi([Route("POST", "/echo", echo)]).listening(["127.0.0.1"], 0) as ports:
-        await a.node.listen("/x/test/1", 1)
-        await a.node.listen("/x/test/1", ports.streams)
+    async with PeerApi([Route("POST", "/echo", echo)], membership=OpenSwarm()).listening(["127.0.0.1"], 0) as ports:
+        await a.node.listen("/x/test/1", 1, report_peer_id=True)
+        await a.node.listen("/x/test/1", ports.streams, report_peer_id=True)
         peer = (await a.node.identity()).peer_id
         async with aiohttp.ClientSession() as session, b.node.dial("/x/test/1", peer) as one, b.node.dial("/x/test/1", peer) as other:
             assert one[0] == "127.0.0.1" and one[1] != other[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -140,6 +139,16 @@ def test_an_idle_model_stays_served_and_is_loaded_by_the_next_question(pair: Pai
     assert "tokens/s" in table and pair.model["name"] in table
 
 
+def test_who_names_no_relay_of_the_serving_node_gets_no_answer(pair: Pair) -> None:
+    a, b = (one.status["node"].removeprefix("ed25519:")[:8] for one in (pair.a, pair.b))
+    assert pair.b.run("ask", "Hello!", pair.code, "--via", "never", *SHORT)["via"] is None
+    refused = pair.b.fails("ask", "Hello!", pair.code, "--via", a)
+    assert refused.code == 5 and f"node {a} does not carry for it" in refused.error
+    refused = pair.a.fails("ask", "Hello!", pair.code, "--via", b)
+    assert refused.code == 5 and "swarmctl peers" in refused.error
+    assert pair.b.fails("ask", "Hello!", pair.code, "--via", b).code == 3  # it is not its own peer
+
+
 def test_what_is_served_is_served_after_a_restart_until_it_is_stopped(node: Callable[[str], Node], model_file: Path) -> None:
     a = node("a").up("--ipfs-enabled", "false")
     code = a.run("publish", str(model_file))["code"]
@@ -180,19 +189,6 @@ def test_an_answer_as_json(pair: Pair) -> None:
 def test_a_prompt_from_standard_input(pair: Pair, words: tuple[str, ...]) -> None:
     as_argument, _ = ask(pair.b, "Name three colours.", "--temperature", "0")
     assert ask(pair.b, *words, "--temperature", "0", prompt="Name three colours.")[0] == as_argument
-
-
-def test_the_answer_comes_over_a_libp2p_stream(pair: Pair, kubo_binary: Path) -> None:
-    def streams(at: Node) -> str:
-        environment = {**os.environ, "IPFS_PATH": str(at.home / "ipfs")}
-        done = subprocess.run([kubo_binary, "p2p", "stream", "ls"], env=environment, capture_output=True, text=True, check=True)
-        return done.stdout
-
-    with request(pair.b, "POST", "/v1/chat/completions", completion(pair.code)) as response:
-        next(events(response))
-        assert "/x/swarmctl/1" in streams(pair.a)
-        assert "/x/swarmctl/1" in streams(pair.b)
-    until(lambda: not streams(pair.a) and not streams(pair.b), "the end of the stream")
 
 
 def test_of_two_that_serve_the_rule_chooses_and_without_ipfs_the_peer_api_is_the_way(node: Callable[[str], Node], model_file: Path) -> None:

@@ -33,10 +33,10 @@ from daemon.engine.interface import (
     ToolCallDelta,
 )
 from daemon.errors import Ambiguous, Busy, ContextOverflow, InferenceError, NotFound, Unavailable, Unserved, UsageError, VerificationError
-from daemon.gossip.pubsub import TOPIC
+from daemon.membership import OpenSwarm
 from daemon.peerapi.limits import Limits
 from daemon.peerapi.ping import Ping
-from daemon.peerapi.server import PROTOCOL, PeerApi
+from daemon.peerapi.server import PeerApi
 from daemon.peerchat import wire
 from daemon.peerchat.provider import PeerProvider
 from daemon.peerchat.seal import REQUEST_TYPE
@@ -222,13 +222,14 @@ async def test_questions_on_pubsub(tmp_path: Path, kubo_binary: Path) -> None:
         await b.gossip.join(a.gossip.pages.address())
         await until(lambda: b.sees(a) and a.gossip.pubsub.neighbours != frozenset())
         assert b.ipfs is not None
+        topic = OpenSwarm().topic
         for forged in (b'{"want"', b'{"want":5}', b'{"want":{"x":[0]}}', b'{"want":{"' + b"f" * 16 + b'":[0]}}', b'{"want":{}}' * 9):
-            await b.ipfs.publish(TOPIC, forged)
+            await b.ipfs.publish(topic, forged)
         heard: list[int | None] = []
 
         async def listen() -> None:
             assert b.ipfs is not None
-            async for message in b.ipfs.subscribe(TOPIC):
+            async for message in b.ipfs.subscribe(topic):
                 if not message.data.startswith(b'{"want"'):
                     heard.append(announcement.read(message.data).page)
 
@@ -575,7 +576,7 @@ async def test_a_truncated_answer_is_not_an_answer(tmp_path: Path) -> None:
         a, b = await two(stack, tmp_path, None, Script())
         app = aiohttp.web.Application()
         app.router.add_post("/swarm/1/chat", cut)
-        app.router.add_route("GET", "/swarm/1/ping", Ping(a.key).routes()[0].handle)
+        app.router.add_route("GET", "/swarm/1/ping", Ping(a.key, OpenSwarm()).routes()[0].handle)
         runner = aiohttp.web.AppRunner(app)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
@@ -624,7 +625,7 @@ async def test_the_peer_api_gives_objects_and_nothing_else(tmp_path: Path) -> No
             async with a.http.get(a.url + path) as response:
                 body = await response.json()
                 assert (response.status, set(body["error"])) == (status, {"code", "message", "hint"}), path
-                assert response.headers["Server"] == "swarmctl"
+                assert "Server" not in response.headers
                 assert str(tmp_path) not in json.dumps(body)
 
 
@@ -691,7 +692,7 @@ async def test_a_body_that_never_ends_is_cut_off(tmp_path: Path) -> None:
 
 
 async def test_a_connection_that_says_nothing_is_closed() -> None:
-    async with PeerApi([], limits=Limits(header_s=0.2)).listening(["127.0.0.1"], 0) as ports:
+    async with PeerApi([], membership=OpenSwarm(), limits=Limits(header_s=0.2)).listening(["127.0.0.1"], 0) as ports:
         for port in (ports.direct, ports.streams):
             for begin in (b"", b"POST /swarm/1/announce HTTP/1.1\r\nHost: x\r\nX-Slow: "):
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -704,7 +705,9 @@ async def test_a_connection_that_says_nothing_is_closed() -> None:
 
 async def test_one_source_has_a_ceiling_of_connections() -> None:
     limits = Limits(connections_per_source=2)
-    async with PeerApi(Ping("ed25519:me").routes(), limits=limits).listening(["127.0.0.1"], 0) as ports:
+    membership = OpenSwarm()
+    api = PeerApi(Ping("ed25519:me", membership).routes(), membership=membership, limits=limits)
+    async with api.listening(["127.0.0.1"], 0) as ports:
 
         async def asks(line: bytes) -> asyncio.StreamReader:
             reader, writer = await asyncio.open_connection("127.0.0.1", ports.streams)
@@ -729,9 +732,9 @@ async def test_one_source_has_a_ceiling_of_connections() -> None:
 
 
 async def test_a_port_that_is_taken_is_an_error() -> None:
-    async with PeerApi([]).listening(["127.0.0.1"], 0) as ports:
+    async with PeerApi([], membership=OpenSwarm()).listening(["127.0.0.1"], 0) as ports:
         with pytest.raises(Unavailable, match=str(ports.direct)):
-            async with PeerApi([]).listening(["127.0.0.1"], ports.direct):
+            async with PeerApi([], membership=OpenSwarm()).listening(["127.0.0.1"], ports.direct):
                 pass
 
 
@@ -739,6 +742,6 @@ async def test_the_stream_protocol_reaches_the_peer_api_and_nothing_else(tmp_pat
     async with AsyncExitStack() as stack:
         a, b = await two(stack, tmp_path, kubo_binary, Script(), direct=False)
         assert b.ipfs is not None and a.ipfs is not None
-        async with b.ipfs.dial(PROTOCOL, (await a.ipfs.identity()).peer_id) as (host, port):
+        async with b.ipfs.dial(OpenSwarm.protocol, (await a.ipfs.identity()).peer_id) as (host, port):
             async with b.http.get(f"http://{host}:{port}/api/status", headers={"Connection": "close"}) as response:
                 assert response.status == 404

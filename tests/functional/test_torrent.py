@@ -19,7 +19,16 @@ import pytest
 
 from daemon.errors import NoSpace, Unavailable, Unserved, VerificationError
 from daemon.torrent import network
-from daemon.torrent.metainfo import BLOCK, MIN_PIECE, Metainfo, TorrentHasher, parse, piece_length
+from daemon.torrent.metainfo import (
+    BLOCK,
+    MAX_SMALL,
+    MIN_PIECE,
+    Metainfo,
+    TorrentHasher,
+    parse,
+    piece_length,
+    small_torrent,
+)
 from daemon.torrent.session import TorrentSession
 
 SIZE = 6 * MIN_PIECE + 4321
@@ -74,6 +83,16 @@ def test_the_info_dict_is_the_one_that_libtorrent_makes(tmp_path: Path, size: in
     theirs.set_creation_date(0)
     lt.set_piece_hashes(theirs, str(tmp_path))
     assert torrent_of(content(size), "a.gguf").torrent == lt.bencode(theirs.generate())
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, MAX_SMALL])
+def test_a_small_torrent_is_the_one_that_libtorrent_makes(tmp_path: Path, size: int) -> None:
+    (tmp_path / "cid.json").write_bytes(content(size))
+    files = [lt.create_file_entry("cid.json", size)]
+    theirs = lt.create_torrent(files, BLOCK, lt.create_torrent.no_attributes)
+    theirs.set_creation_date(0)
+    lt.set_piece_hashes(theirs, str(tmp_path))
+    assert small_torrent("cid.json", content(size)).torrent == lt.bencode(theirs.generate())
 
 
 def test_libtorrent_reads_the_same_facts() -> None:
@@ -186,6 +205,22 @@ async def test_metadata_that_nobody_gives() -> None:
         with pytest.raises(Unserved):
             await session.metadata(made.infohash, None, [], 600)
         assert session.status()["torrents"] == 0
+
+
+async def test_a_seeder_that_is_told_of_an_asker_dials_it(tmp_path: Path) -> None:
+    """The asker knows nobody: its address went to the seeder by another way."""
+    data, made = content(), torrent_of(content())
+    await asyncio.to_thread((tmp_path / "seed").write_bytes, data)
+    async with node() as session, node() as seeding:
+        await seeding.seed(made.torrent, tmp_path / "seed")
+        download = await session.download(made.torrent, tmp_path, "model.gguf")
+        await download.checked()
+        download.join_swarm()
+        seeding.meet("00" * 20, [("127.0.0.1", session.port)])
+        seeding.meet(made.infohash, [("127.0.0.1", session.port), ("name.example", 1)])
+        await download.finished()
+        assert await asyncio.to_thread((tmp_path / "model.gguf").read_bytes) == data
+        await download.close()
 
 
 async def test_metadata_of_two_different_torrents(tmp_path: Path) -> None:

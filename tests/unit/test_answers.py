@@ -27,7 +27,8 @@ from daemon.errors import (
     UsageError,
     VerificationError,
 )
-from daemon.gossip.exchange import BODY_LIMIT, MAX_HAVE, MAX_WANT, Words, body, parse
+from daemon.gossip.exchange import BODY_LIMIT, BROUGHT, MAX_HAVE, MAX_WANT, Words, body, parse
+from daemon.membership import OpenSwarm
 from daemon.peerchat import wire
 from daemon.peerchat.seal import FRAME_LIMIT
 from registry import announcement, strictjson
@@ -189,9 +190,9 @@ def test_an_exchange_never_exceeds_its_limit(sizes: list[int], known: int) -> No
     envelopes = [b'"' * (size // 2) + b"x" * (size - size // 2) for size in sizes]
     have = {f"{number:016x}": announcement.MAX_SEQUENCE for number in range(known)}
     want = {node: range(announcement.MAX_PAGES) for node in have}
-    data = body(Words(envelopes, have, want))
+    data = body(Words(envelopes, have, want), BROUGHT, OpenSwarm())
     assert len(data) <= BODY_LIMIT
-    said = parse(data)
+    said = parse(data, BROUGHT, OpenSwarm())
     assert said.envelopes == envelopes[: len(said.envelopes)]
     assert said.have == dict(list(have.items())[:MAX_HAVE])
     assert said.want == {node: list(pages) for node, pages in list(want.items())[:MAX_WANT]}
@@ -211,7 +212,7 @@ FORGED = [
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"envelopes":{}}', b'{"envelopes":[null]}', b'{"envelopes":[],"x":1}', *FORGED])
 def test_exchanges_that_are_none(data: bytes) -> None:
     with pytest.raises(Malformed):
-        parse(data)
+        parse(data, BROUGHT, OpenSwarm())
 
 
 class Said:
@@ -312,7 +313,7 @@ async def test_this_node_is_asked_however_many_serve_the_model_better() -> None:
     local = LocalModel(replace(offers[0], free_slots=0, seeders=1), Here())  # type: ignore[arg-type]  # only answers matter
     nothing: Any = None
     table: Any = Gone(offers[1:])
-    answers = Answers(table, lambda: [local], lambda: [local.offer], ways=nothing, http=nothing, clock=lambda: 0.0)
+    answers = Answers(table, lambda: [local], lambda: [local.offer], ways=nothing, http=nothing, clock=lambda: 0.0, search=nothing)
     for model in ("tiny", None):
         answer = await answers.open(model, CHAT)
         assert answer.answered_by == nodes[0]

@@ -35,7 +35,8 @@ class Answers:
         self.open_now = 0
         self.most = 0
 
-    async def open(self, model: str | None, request: Any) -> Answer:
+    async def open(self, model: str | None, request: Any, *, via: str) -> Answer:
+        assert via == "auto"
         await asyncio.sleep(0)
         if self.open_now >= self.room:
             raise Busy("tiny", "it has no room", "try again")

@@ -107,4 +107,6 @@ def test_every_setting_is_documented_with_its_default() -> None:
 def _shown(default: object) -> str:
     if isinstance(default, bool):
         return str(default).lower()
+    if isinstance(default, tuple) and default:
+        return "built-in"
     return "" if default in ("", ()) else str(default)

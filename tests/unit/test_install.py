@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import socket
 import tarfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -211,6 +212,17 @@ def test_a_host_that_never_answers_does_not_hold_up_one_that_does(tmp_path: Path
         install.install(tmp_path / "cache", release=release(archive, *bases), say=lambda _: None)
     finally:
         silent.server_close()
+
+
+def test_hosts_are_asked_in_their_order_and_no_more_than_needed(tmp_path: Path, serve: Serve) -> None:
+    archive = packed(("kubo/ipfs", script("9.9.9")))
+    with socket.create_server(("127.0.0.1", 0)) as last_resort:
+        last_resort.setblocking(False)
+        bases = serve({ARCHIVE: archive}), f"http://127.0.0.1:{last_resort.getsockname()[1]}"
+        install.install(tmp_path / "cache", release=release(archive, *bases), say=lambda _: None)
+        with pytest.raises(BlockingIOError):
+            last_resort.accept()
+    assert install.KUBO.bases[0].startswith("https://github.com/ipfs/kubo/releases/")
 
 
 def test_no_host_answers_and_go_builds(empty_path: Path, tmp_path: Path) -> None:

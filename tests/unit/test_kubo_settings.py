@@ -10,17 +10,25 @@ import pytest
 
 from daemon.config import Network
 from daemon.errors import Unavailable, UsageError
-from daemon.ipfs.kubo import KuboProcess, _private_folder, apply_settings
+from daemon.ipfs.kubo import KuboProcess, _private_folder
 from daemon.ipfs.pubsub import read_message, topic_argument
+from daemon.ipfs.reach import Reach
 from daemon.ipfs.rpc import Rpc
+from daemon.ipfs.settings import apply_settings
 
 SECTIONS = ["Addresses", "Pubsub", "Experimental", "Internal", "Swarm", "Routing", "Provide", "DNS", "Ipns", "AutoNAT"]
 
 
-def configured(network: Network, port: int = 0) -> dict[str, Any]:
+RELAY = "/ip4/45.10.0.1/tcp/4001/p2p/12D3KooWKnDdG3iXw9eTFijk3EWSunZcFi54Zka4wmtqtt6rPxc8"
+
+
+def configured(network: Network, port: int = 0, reach: Reach | None = None) -> dict[str, Any]:
     config: dict[str, Any] = {name: {} for name in SECTIONS}
     config["Discovery"] = {"MDNS": {"Enabled": True}}
-    apply_settings(config, network, port, 90, "/unix/tmp/rpc.sock")
+    config["Bootstrap"] = ["auto"]
+    config["Internal"] = {"Libp2pForceReachability": "public"}
+    config["Swarm"]["RelayClient"] = {"StaticRelays": ["of an earlier life"]}
+    apply_settings(config, network, port, 90, "/unix/tmp/rpc.sock", reach or Reach())
     return config
 
 
@@ -60,6 +68,38 @@ def test_closed_networks_have_no_way_out(network: Network) -> None:
     assert config["Swarm"]["DisableNatPortMap"] is True
     assert config["AutoConf"] == config["AutoTLS"] == config["HTTPRetrieval"] == {"Enabled": False}
     assert config["Discovery"]["MDNS"]["Enabled"] is (network == "lan")
+
+
+@pytest.mark.parametrize("network", ["loopback", "lan", "public"])
+def test_no_host_that_somebody_must_operate_is_needed(network: Network) -> None:
+    config = configured(network)
+    assert config["AutoConf"] == config["AutoTLS"] == config["HTTPRetrieval"] == {"Enabled": False}
+    assert config["Bootstrap"] == config["Routing"]["DelegatedRouters"] == config["Ipns"]["DelegatedPublishers"] == []
+    assert config["DNS"]["Resolvers"] == {}
+    assert "auto" not in str(config)
+
+
+@pytest.mark.parametrize("network", ["loopback", "lan"])
+def test_a_closed_network_is_not_opened_by_what_is_wanted(network: Network) -> None:
+    wanted = Reach("private", (RELAY,), relay_service=True)
+    assert configured(network, reach=wanted) == configured(network)
+
+
+def test_what_is_wanted_of_a_public_node_is_told_and_no_more() -> None:
+    unknown = configured("public")
+    assert "Libp2pForceReachability" not in unknown["Internal"]
+    assert unknown["Swarm"]["RelayClient"] == {"Enabled": True}
+    assert unknown["Swarm"]["RelayService"]["Enabled"] is False
+    private = configured("public", reach=Reach("private", (RELAY,)))
+    assert private["Internal"]["Libp2pForceReachability"] == "private"
+    assert private["Swarm"]["RelayClient"] == {"Enabled": True, "StaticRelays": [RELAY]}
+    public = configured("public", reach=Reach("public", (RELAY,), relay_service=True))
+    assert public["Internal"]["Libp2pForceReachability"] == "public"
+    assert public["Swarm"]["RelayClient"] == {"Enabled": True}
+    service = public["Swarm"]["RelayService"]
+    assert service["Enabled"] is True and service["MaxReservations"] <= 128 and service["ConnectionDataLimit"] <= 1 << 17
+    for config in (unknown, private, public):
+        assert config["Routing"]["Type"] == "dht" and config["Swarm"]["EnableHolePunching"] is True
 
 
 @pytest.mark.parametrize("network", ["loopback", "lan", "public"])

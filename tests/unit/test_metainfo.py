@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from daemon.errors import UsageError, VerificationError
 from daemon.torrent import metainfo
 from daemon.torrent.bencode import BadBencode, decode, encode
-from daemon.torrent.metainfo import BLOCK, MAX_PIECE, MIN_PIECE, TorrentHasher, parse, piece_length
+from daemon.torrent.metainfo import (
+    BLOCK,
+    MAX_PIECE,
+    MAX_SMALL,
+    MIN_PIECE,
+    TorrentHasher,
+    parse,
+    piece_length,
+    small_torrent,
+)
 
 NAME = "ab" * 32 + ".gguf"
 SIZES = [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, MIN_PIECE - 1, MIN_PIECE, MIN_PIECE + 1, 2 * MIN_PIECE, 3 * MIN_PIECE + 17]
@@ -97,6 +106,34 @@ def test_infohashes_stay_what_they_are() -> None:
     made = make(content(3 * MIN_PIECE + 17))
     assert made.infohash == "7f6ccdb19aaa4ed83ee7e347c1524951cf47df36"
     assert made.infohash_v2 == "230b8fe0f5a3a8e2c2cb02a473de6a7c1cad77ca94182025b303fd8ca0877bd6"
+
+
+@pytest.mark.parametrize(
+    ("size", "infohash", "infohash_v2"),
+    [
+        (1, "af75e5b560823f8d41818910e62c252d8fce6e40", "3f7ec491ed2ac404e0cb54460ba4b6ed908945c63f3f1d876e67d006ae0078e5"),
+        (BLOCK, "d370da90968ed2b0efc7e14170dd5e7061bb965b", "00b19632ce2e20c643bfab0e73677ba41e2d906aa50c63eb97fdaac16d550b28"),
+        (BLOCK + 1, "5a680ae2a0e6c3dd061ec9f9a357ff34137d1ac8", "c8cff961ef5d41ddfe71fbb386e88542558e6d45ac4391fa07e90929b6d1000b"),
+        (MAX_SMALL, "a470bb150cb78357f2519e7f0fa628727aeee9e4", "34141589486f226cefe4ac373ca516401236587bf7819e95df68b59a53d5dcf1"),
+    ],
+)
+def test_small_torrents_stay_what_they_are(size: int, infohash: str, infohash_v2: str) -> None:
+    """Pinned for ever: whoever holds one manifest has to be in one swarm. test_torrent.py shows that libtorrent agrees."""
+    made = small_torrent("bafkreigh2akiscaildc.json", content(size))
+    assert (made.infohash, made.infohash_v2) == (infohash, infohash_v2)
+    facts = parse(made.torrent)
+    assert (facts.infohash, facts.size, facts.piece_length) == (infohash, size, BLOCK)
+
+
+@pytest.mark.parametrize("size", [0, MAX_SMALL + 1])
+def test_sizes_that_are_not_small(size: int) -> None:
+    with pytest.raises(UsageError):
+        small_torrent("a.json", bytes(size))
+
+
+def test_a_small_torrent_has_a_plain_name() -> None:
+    with pytest.raises(VerificationError):
+        small_torrent("../a.json", b"x")
 
 
 @pytest.mark.parametrize("size", [0, -1, metainfo.MAX_SIZE + 1])

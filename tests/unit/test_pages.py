@@ -29,7 +29,7 @@ class Node:
         self.now = NOW
         self.offers = [self.offer(number) for number in range(count)]
         self.card = Card(None, Address(self.key, http=("http://198.51.100.1:8788",)), SealKey(1, "ab" * 32, 1 << 31))
-        self.pages = OwnPages(key, ledger, card=lambda: self.card, describe=self.describe, clock=lambda: self.now)
+        self.pages = OwnPages(key, ledger, card=lambda: self.card, offers=self.now_offered, clock=lambda: self.now)
 
     def offer(self, number: int) -> Offer:
         cid = leaf_cid(b"%d" % number)
@@ -38,7 +38,7 @@ class Node:
     def change(self, number: int, **fields: object) -> None:
         self.offers[number] = replace(self.offers[number], **fields)  # type: ignore[arg-type]  # any of its fields
 
-    async def describe(self) -> list[Offer]:
+    def now_offered(self) -> list[Offer]:
         return list(self.offers)
 
     async def says(self, *, beat: bool = False, after_s: float = 1.0) -> list[Announcement]:

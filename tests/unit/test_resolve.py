@@ -18,6 +18,7 @@ from daemon.transfer.resolve import Plan, Resolver
 from daemon.trust import TrustBook
 from registry import codes, envelope, manifest, refs, strictjson, upstream
 from registry.records import GgufFacts, Identity, Offer, Peer
+from tests.functional.swarm_nodes import nowhere
 
 CID = object_cid(b"the bytes")
 IDENTITY = Identity(9, "aa" * 32, "bb" * 32, CID, "cc" * 20, "dd" * 32)
@@ -75,7 +76,7 @@ async def trust(tmp_path: Path) -> Any:
 
 
 def resolving(world: World, trust: TrustBook) -> Resolver:
-    return Resolver(world, world, trust, lambda: None, False)  # type: ignore[arg-type]  # only `get` of the objects is asked
+    return Resolver(world, world, trust, lambda: None, False, nowhere)  # type: ignore[arg-type]  # only `get` of the objects is asked
 
 
 async def resolved(world: World, trust: TrustBook, ref: str = CID) -> Plan:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -128,6 +129,17 @@ def test_the_lock_splits_without_loss(setup: ModuleType) -> None:
     assert sorted((others + llama).splitlines()) == sorted(lock.splitlines())
     with pytest.raises(setup.Failed):
         setup.split_lock(lock, "absent")
+
+
+def test_network_tools_are_fetched_where_that_is_possible_and_needed(setup: ModuleType) -> None:
+    def with_these(*names: str) -> Callable[[str], bool]:
+        return names.__contains__
+
+    assert setup.tools_to_get(with_these("apt-get"), root=True) == ["iproute2", "iptables"]
+    assert setup.tools_to_get(with_these("apt-get", "ip"), root=True) == ["iptables"]
+    assert setup.tools_to_get(with_these("apt-get", "ip", "iptables"), root=True) == []
+    assert setup.tools_to_get(with_these("apt-get"), root=False) == []
+    assert setup.tools_to_get(with_these("dnf"), root=True) == []
 
 
 POLITE = "signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[1] + '.asked', 'w').close(), sys.exit()))"

@@ -11,8 +11,8 @@ from daemon.answering.upstreams import Upstreams
 from daemon.api import views
 from daemon.config import Config
 from daemon.errors import SwarmError
-from daemon.gossip.gossip import Gossip
 from daemon.ipfs.keeper import IpfsKeeper
+from daemon.node.connectivity import Connectivity
 from daemon.supervise import Supervisor
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.library import Library
@@ -33,7 +33,7 @@ class Status:
         transfers: Transfers,
         serving: Serving,
         upstreams: Upstreams,
-        gossip: Gossip,
+        connectivity: Connectivity,
         supervisor: Supervisor,
     ) -> None:
         self._config = config
@@ -45,12 +45,12 @@ class Status:
         self._transfers = transfers
         self._serving = serving
         self._upstreams = upstreams
-        self._gossip = gossip
+        self._connectivity = connectivity
         self._supervisor = supervisor
         self.api = ""  # known once the API listens
 
     async def read(self) -> dict[str, Any]:
-        address = self._gossip.pages.address()
+        address = self._connectivity.address()
         ipfs = await self._ipfs()
         keys = self._serving.served().keys()
         served = [model.identity for model in self._library.models() if model.identity.blake3 in keys]
@@ -64,6 +64,7 @@ class Status:
             "peer_id": ipfs.pop("peer_id"),
             "addresses": [format_address(address)],
             "api": self.api,
+            **self._connectivity.standing(),
             "network": self._config.network,
             "version": self._version,
             "pid": os.getpid(),
@@ -115,5 +116,9 @@ class Status:
 
     def _bittorrent(self) -> dict[str, Any]:
         if self._torrents is None:
-            return {"enabled": False, "state": "off", "port": None, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0}
+            dht = {"enabled": False, "nodes": 0, "state": "off"}
+            return {
+                "enabled": False, "state": "off", "port": None, "torrents": 0, "peers": 0,
+                "download_rate": 0, "upload_rate": 0, "dht": dht,
+            }  # fmt: skip
         return {"enabled": True, "state": "ready", "port": self._torrents.port, **self._torrents.status()}

@@ -1,0 +1,492 @@
+"""How this node is with others: where it can be reached, the ways to them, and what they say to each other.
+
+It decides what only the whole can know: which endpoints are announced, whether this node carries for others, and how its IPFS node
+shall stand in the network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import aiohttp
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from daemon import network
+from daemon.config import Config
+from daemon.errors import SwarmError
+from daemon.gossip.gossip import Gossip
+from daemon.gossip.pages import Card, OwnPages
+from daemon.gossip.peers import PeerTable
+from daemon.gossip.rendezvous import Rendezvous
+from daemon.ipfs.interface import IpfsNode
+from daemon.ipfs.keeper import IpfsKeeper
+from daemon.ipfs.reach import MAX_RELAYS, MAX_REMEMBERED, Reach, direct_addresses
+from daemon.ledger import LedgerThread
+from daemon.membership import Membership
+from daemon.node.reachability import Reachability
+from daemon.peerapi.dialback import DialBack
+from daemon.peerapi.ping import Ping
+from daemon.peerapi.server import Ports, Route
+from daemon.peerapi.ways import Ways
+from daemon.peerchat.seal import SealKeys
+from daemon.relaying.holder import RelayHolder
+from daemon.relaying.service import RelayService
+from daemon.relaying.tunnels import RelayTunnels
+from daemon.supervise import Supervisor
+from daemon.torrent.session import TorrentSession
+from registry import codes, ranges
+from registry.address import usable
+from registry.envelope import key_name
+from registry.errors import Malformed
+from registry.multiaddrs import parse_multiaddr, usable_multiaddrs
+from registry.records import Address, Announcement, Offer, Peer
+from registry.store import Ledger
+
+_log = logging.getLogger(__name__)
+
+_JOIN_WAIT_S = 20.0  # how long a join waits for IPFS to come up
+_NEW_START_S = 4.0  # how long a question waits for IPFS to be there again
+_LOOK_S = 1.0  # between two looks at our own addresses
+_REMEMBER_S = 60.0  # between two looks at which peers are good
+_ALONE_S, _LONGEST_ALONE_S = 2.0, 120.0  # between two searches for anybody
+_REMEMBERED = "ipfs.good_peers"
+
+
+class Connectivity:
+    """`offers` gives ours; `join` are the addresses of the settings. Set `ports` before `start`."""
+
+    def __init__(
+        self,
+        config: Config,
+        key: Ed25519PrivateKey,
+        *,
+        ledger: LedgerThread,
+        table: PeerTable,
+        keeper: IpfsKeeper,
+        torrents: TorrentSession | None,
+        supervisor: Supervisor,
+        http: aiohttp.ClientSession,
+        pipes: aiohttp.ClientSession,
+        membership: Membership,
+        seal_keys: SealKeys,
+        offers: Callable[[], Sequence[Offer]],
+        join: Sequence[Address],
+    ) -> None:
+        self.node = key_name(key)
+        self.ports = Ports(0, 0)
+        self.ways = Ways(
+            network=config.network,
+            ipfs=lambda: keeper.node_within(_NEW_START_S),
+            http=http,
+            membership=membership,
+        )
+        self.reachability = Reachability(
+            self.node,
+            self.ways,
+            http,
+            membership,
+            ports=self._own_ports,
+            judges=self._judges,
+            on_change=self._on_change,
+        )
+        self.gossip = Gossip(
+            OwnPages(key, ledger, card=self._card, offers=offers, clock=time.time),
+            table=table,
+            ledger=ledger,
+            supervisor=supervisor,
+            ways=self.ways,
+            http=http,
+            membership=membership,
+            ipfs_within=lambda: keeper.node_within(_JOIN_WAIT_S),
+            heartbeat_s=config.swarm.heartbeat,
+            join=join,
+        )
+        self._ping = Ping(self.node, membership)
+        self.relay = RelayService(
+            self.node,
+            enabled=lambda: self.relaying,
+            bulk=lambda: config.swarm.relay_bytes,
+            on_change=self._on_carried,
+        )
+        self.holder = RelayHolder(
+            key,
+            network=config.network,
+            ways=self.ways,
+            http=pipes,
+            supervisor=supervisor,
+            candidates=self._carriers,
+            codes=self._shared_codes,
+            wanted=self._wants_relays,
+            streams_port=lambda: self.ports.streams,
+            on_change=self._on_change,
+        )
+        self.ways.relays = RelayTunnels(pipes, self.relay)
+        self.ways.lookup = table.peer
+        self.rendezvous = Rendezvous(
+            membership,
+            self.gossip.meeting,
+            network=config.network,
+            dht=torrents.dht if torrents is not None else None,
+            ipfs=self._ipfs,
+            offers=offers,
+            carried=self._carried_codes,
+            port=self._reached_port,
+            external=lambda: self.reachability.external,
+            enabled=config.swarm.rendezvous,
+        )
+        self._dialback = DialBack(config.network, self._ipfs, http, membership)
+        self._config = config
+        self._ledger = ledger
+        self._table = table
+        self._keeper = keeper
+        self._torrents = torrents
+        self._supervisor = supervisor
+        self._offers = offers
+        self._seal_keys = seal_keys
+        self._good_peers: tuple[str, ...] = ()
+        self._own_multiaddrs: tuple[str, ...] = ()
+        self._ipfs_peers = 0
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def routes(self) -> list[Route]:
+        return [
+            *self._ping.routes(),
+            *self._dialback.routes(),
+            *self.gossip.routes(),
+            *self.relay.routes(),
+        ]
+
+    async def start(self) -> None:
+        """Begin to speak, and to find out how we can be reached."""
+        stored = await self._ledger.call(Ledger.get_meta, _REMEMBERED)
+        self._good_peers = tuple(json.loads(stored or "[]"))
+        self._keeper.want(self._reach())
+        await self.gossip.start(self.ports.streams)
+        if self._config.network == "public":
+            self._supervisor.run("reachability", self.reachability.run, restart=True)
+            self.holder.start()
+            if self._torrents is not None and self._listens_outside():
+                self._torrents.ports.map_port(self.ports.direct)
+            self._supervisor.run("announce on DHT", self.rendezvous.announce_forever, restart=True)
+            self._supervisor.run("provide", self.rendezvous.provide_forever, restart=True)
+            self._supervisor.run("look for others", self._look_for_others, restart=True)
+
+    async def close(self) -> None:
+        await self.rendezvous.close()
+        await self.gossip.close()
+        await self.holder.close()
+        await self.relay.close()
+
+    async def join(self, address: Address) -> Peer:
+        """Know the node at `address` from now on. Raises as `Gossip.join`."""
+        peer = await self.gossip.join(address)
+        self.holder.changed()
+        self.reachability.look_again()
+        return peer
+
+    async def receive(self, envelope: bytes) -> Announcement:
+        """Believe an announcement if it holds. Raises as `Gossip.receive`."""
+        return await self.gossip.receive(envelope)
+
+    def came(self, address: str) -> None:
+        """Somebody came straight to the port of the peer API."""
+        if self._config.network == "public":
+            self.reachability.came(address, "http")
+
+    async def on_ipfs_ready(self, node: IpfsNode) -> None:
+        await self.gossip.on_ipfs_ready(node)
+        self._supervisor.run("own addresses", lambda: self._watch(node), restart=True)
+        if self._config.network == "public":
+            self._supervisor.run("good peers", lambda: self._remember(node), restart=True)
+        self.reachability.look_again()
+
+    async def on_ipfs_gone(self) -> None:
+        await self._supervisor.stop("good peers")
+        await self._supervisor.stop("own addresses")
+        self.rendezvous.forget_provided()
+        self._ipfs_peers = 0
+        await self.gossip.on_ipfs_gone()
+
+    def address(self) -> Address:
+        """What a person hands on: our announced address, and before anybody could prove it, our own on the internet."""
+        known = self._card().address
+        guess = network.global_address()
+        if self._config.network != "public" or self.reachability.state != "unknown" or guess is None:
+            return known
+        urls = (network.url(guess, self.ports.direct),) if self._listens_outside() else ()
+        bittorrent = self._torrents.port if self._torrents is not None else 0
+        peers = (network.host_port(guess, bittorrent),) if bittorrent else ()
+        return replace(known, http=urls, bittorrent=peers)
+
+    def standing(self) -> dict[str, Any]:
+        """How this node stands in the network, as `status` has it."""
+        urls = self._urls()
+        dht = self._torrents.dht.nodes if self._torrents is not None else 0
+        off = self.gossip.ear.clock_is_off
+        return {
+            "reachability": self.reachability.state,
+            "relays": list(self.holder.held),
+            "relaying": {
+                "enabled": self.relaying,
+                "nodes": len(self.relay.held),
+                "streams": self.relay.streams,
+                "bytes": self.relay.carried,
+            },
+            "dht": {"bittorrent": dht, "ipfs": self._ipfs_peers},
+            "neighbours": len(self.gossip.pubsub.neighbours),
+            "nat": self.reachability.nat,
+            "external": list(self.reachability.external),
+            "clock": {
+                "off": off,
+                "why": "most announcements of others have a wrong time" if off else None,
+            },
+            "peer_api": {
+                "port": self.ports.direct,
+                "open": bool(urls),
+                "url": urls[0] if urls else None,
+            },
+            "swarm": {
+                "name": self._config.swarm.name,
+                "closed": bool(self._config.swarm.name),
+            },
+        }
+
+    # -- how we are reached -------------------------------------------------------------------------------------------
+
+    @property
+    def relaying(self) -> bool:
+        """Whether this node carries for others."""
+        choice = self._config.swarm.relay
+        public = self.reachability.state == "public"
+        return choice == "on" or (choice == "auto" and public)
+
+    def _ipfs(self) -> IpfsNode | None:
+        return self._keeper.node
+
+    def _card(self) -> Card:
+        identity = self.gossip.pubsub.identity
+        address = Address(
+            self.node,
+            ipfs=self._multiaddrs(),
+            bittorrent=self._bittorrent(),
+            http=self._urls(),
+            relays=self.holder.points(),
+        )
+        peer_id = identity.peer_id if identity is not None else None
+        return Card(peer_id, usable(address), self._seal_keys.public(), self.relaying)
+
+    def _multiaddrs(self) -> tuple[str, ...]:
+        """Of our IPFS node's addresses those that a stranger can use."""
+        identity = self.gossip.pubsub.identity
+        if identity is None:
+            return ()
+        found = usable_multiaddrs(identity.addresses, self._config.network)
+        if self.reachability.state != "private":
+            return found
+        # What a NAT shows of us outside leads nowhere: a hole must be punched first.
+        return tuple(address for address in found if parse_multiaddr(address).relay)
+
+    def _bittorrent(self) -> tuple[str, ...]:
+        """host:port for BitTorrent peers."""
+        host = self._host("bittorrent")
+        if host is None or self._torrents is None or not self._torrents.port:
+            return ()
+        return (network.host_port(host, self._torrents.port),)
+
+    def _urls(self) -> tuple[str, ...]:
+        """Base URLs of our peer API."""
+        if self._config.network != "public":
+            return network.private_url(self._config, self.ports.direct)
+        host = self._host("http")
+        return () if host is None else (network.url(host, self._outside_port()),)
+
+    def _host(self, part: str) -> str | None:
+        """The address at which others reach that part of us."""
+        if self._config.network == "loopback":
+            return "127.0.0.1"
+        if self._config.network == "lan":
+            return network.private_address()
+        reached = part in self.reachability.reached
+        return self.reachability.external[0] if reached else None
+
+    def _reached_port(self) -> int | None:
+        """The port at which others reach our peer API; None where they do not."""
+        return self._outside_port() if "http" in self.reachability.reached else None
+
+    def _listens_outside(self) -> bool:
+        """Whether the peer API listens where others could reach it."""
+        return network.hosts(self._config) != ["127.0.0.1"]
+
+    def _outside_port(self) -> int:
+        """The port of our peer API as others see it: the one that a router forwards, where one does."""
+        mapped = self._torrents.ports.mapped_port if self._torrents is not None else None
+        return mapped or self.ports.direct
+
+    def _own_ports(self) -> Mapping[str, int]:
+        """The ports that somebody outside may try, by part."""
+        ports: dict[str, int] = {}
+        if self._listens_outside():
+            ports["http"] = self._outside_port()
+        if (libp2p := self._libp2p_port()) is not None:
+            ports["ipfs"] = libp2p
+        if self._torrents is not None and self._torrents.port:
+            ports["bittorrent"] = self._torrents.port
+        return ports
+
+    def _libp2p_port(self) -> int | None:
+        identity = self.gossip.pubsub.identity
+        for address in identity.addresses if identity is not None else ():
+            try:
+                found = parse_multiaddr(address)
+            except Malformed:
+                continue
+            if found.transport == "tcp" and not found.relay:
+                return found.port
+        return None
+
+    def _judges(self) -> list[Peer]:
+        """Nodes that can say how we are seen: the joined ones first, then whoever can be dialled."""
+        joined = self.gossip.joiner.peers()
+        others = (peer for peer in self._table.peers() if self._dialable(peer))
+        return list({peer.node: peer for peer in [*joined, *others]}.values())
+
+    def _dialable(self, peer: Peer) -> bool:
+        """Whether a node announces an endpoint that needs no relay."""
+        kind = self._config.network
+        urls = any(ranges.allows_url(kind, url) for url in peer.address.http)
+        return urls or bool(direct_addresses(peer.address.ipfs, 1))
+
+    # -- how our IPFS node stands -------------------------------------------------------------------------------------
+
+    def _wants_relays(self) -> bool:
+        """Whether nobody can dial us, as far as is known."""
+        state = self.reachability.state
+        return state == "private" or (state == "unknown" and network.global_address() is None)
+
+    def _carriers(self) -> list[Peer]:
+        """Nodes that may carry for us, best first: those that we joined, then those that offer it."""
+        joined = self.gossip.joiner.peers()
+        offering = (peer for peer in self._table.peers() if peer.relay)
+        found = {peer.node: peer for peer in [*joined, *offering] if self._dialable(peer)}
+        return list(found.values())
+
+    def _shared_codes(self) -> set[str]:
+        """The codes under which our relays announce us."""
+        if not self._config.swarm.rendezvous:
+            return set()
+        offers = self._offers()
+        return {
+            codes.short(code)
+            for offer in offers
+            for code in codes.codes_of(offer.cid, offer.infohash_v2)
+        }
+
+    def _carried_codes(self) -> list[str]:
+        return [code for wanted in self.relay.codes().values() for code in sorted(wanted)]
+
+    def _on_carried(self) -> None:
+        """Others are carried for: the ways to them, and what is announced for them, follow by themselves."""
+        _log.info("this node carries for %d others", len(self.relay.held))
+
+    def _on_change(self) -> None:
+        self.holder.changed()
+        self._keeper.want(self._reach())
+        self.gossip.changed()
+
+    def _reach(self) -> Reach:
+        """What our IPFS node shall be told of the network.
+
+        Before anybody has said how we are seen, a machine with an address of its own on the internet is taken as one that can be
+        reached: if that is wrong, nobody comes who could be disappointed. Any other is taken as one behind a NAT.
+        """
+        if self._config.network != "public":
+            return Reach()
+        state = self.reachability.state
+        guess = "public" if network.global_address() is not None else "private"
+        standing = guess if state == "unknown" else state
+        if state == "public" and "ipfs" not in self.reachability.reached:
+            standing = guess
+        public = standing == "public"
+        return Reach(
+            reachability="public" if public else "private",
+            relays=() if public else self._relays(),
+            relay_service=public and self._config.swarm.relay != "off",
+            bootstrap=self._bootstrap(),
+        )
+
+    def _relays(self) -> tuple[str, ...]:
+        """Nodes to hold libp2p reservations with. Those that we have stay as long as one of them lives: each change costs a start."""
+        running = self._keeper.reach.relays
+        live = {peer.peer_id for peer in self._table.peers()}
+        if any(address.rpartition("/")[2] in live for address in running):
+            return running
+        return direct_addresses(self._carriers_multiaddrs(), MAX_RELAYS)
+
+    def _carriers_multiaddrs(self) -> tuple[str, ...]:
+        joined = self.gossip.joiner.peers()
+        known = [peer for peer in self._table.remembered() if peer.relay]
+        carriers = [*joined, *known]
+        addresses = (address for peer in carriers for address in peer.address.ipfs)
+        return tuple(one for one in addresses if ranges.allows_multiaddr("public", one))
+
+    def _bootstrap(self) -> tuple[str, ...]:
+        """Ways into the IPFS network that worked before: nodes of ours, and what our IPFS node found good."""
+        ours = (address for peer in self._table.remembered() for address in peer.address.ipfs)
+        known = (*ours, *self._good_peers)
+        allowed = tuple(one for one in known if ranges.allows_multiaddr("public", one))
+        return direct_addresses(allowed, MAX_REMEMBERED)
+
+    async def _look_for_others(self) -> None:
+        """A node that hears nobody, and was told of nobody, looks on the DHTs for anybody."""
+        heard = self.gossip.ear.heard
+        pause_s = _ALONE_S
+        while True:
+            await asyncio.sleep(pause_s)
+            if heard:
+                pause_s = _ALONE_S
+                continue
+            await self.rendezvous.search(None, lambda: bool(heard))
+            pause_s = min(2 * pause_s, _LONGEST_ALONE_S)
+
+    # -- watching -----------------------------------------------------------------------------------------------------
+
+    async def _watch(self, node: IpfsNode) -> None:
+        """Our own addresses change: a reservation is made, a cable is plugged in, somebody outside comes in."""
+        while True:
+            self.gossip.pubsub.identity = await node.identity()
+            self._ipfs_peers = len(await node.peers())
+            if self._config.network == "public":
+                await self._look_who_came(node)
+            addresses = self._multiaddrs()
+            if addresses != self._own_multiaddrs:
+                self._own_multiaddrs = addresses
+                self.gossip.changed()
+            # Relays are met after the start, and go.
+            self._keeper.want(self._reach())
+            await asyncio.sleep(_LOOK_S)
+
+    async def _look_who_came(self, node: IpfsNode) -> None:
+        if "ipfs" in self.reachability.reached or network.global_address() is None:
+            return
+        for connection in await node.connections():
+            if connection.inbound and not connection.relayed:
+                self.reachability.came(connection.address.split("/")[2], "ipfs")
+
+    async def _remember(self, node: IpfsNode) -> None:
+        while True:
+            await asyncio.sleep(_REMEMBER_S)
+            try:
+                good = await node.known_peers()
+            except SwarmError as error:
+                _log.debug("who is good is not known: %s", error)
+                continue
+            if good:
+                self._good_peers = good
+                await self._ledger.call(Ledger.set_meta, _REMEMBERED, json.dumps(good))

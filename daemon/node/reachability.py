@@ -1,0 +1,139 @@
+"""Whether others can reach this node from outside: found by being dialled back, never assumed.
+
+    unknown   nobody has said yet
+    public    somebody outside reached us, or came to us by himself
+    private   those whom we asked could not reach us: we are behind a NAT or a firewall
+
+A verdict counts for as long as our address stays the same. One node that reached us is enough: the worst that a liar can do
+is to have us announce an address at which we are then not found, and whoever tries it tries our relays, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import aiohttp
+
+from daemon.errors import SwarmError
+from daemon.membership import Membership
+from daemon.network import global_address, own_addresses
+from daemon.peerapi import dialback
+from daemon.peerapi.ways import NEVER, Ways
+from registry import ranges
+from registry.records import Peer
+
+_log = logging.getLogger(__name__)
+
+State = Literal["public", "private", "unknown"]
+Nat = Literal["none", "port-preserving", "symmetric", "unknown"]
+
+ASKED = 3  # nodes asked at a time
+_AGAIN_S = 600.0  # after a verdict
+_RETRY_S = 5.0  # while there is none
+_SETTLE_S = 0.02  # several reasons to look again are one
+
+
+class Reachability:
+    """`own` is our node key, `ports` our ports by part (see dialback.py), `judges` gives nodes that can be asked, best first."""
+
+    def __init__(
+        self,
+        own: str,
+        ways: Ways,
+        http: aiohttp.ClientSession,
+        membership: Membership,
+        *,
+        ports: Callable[[], Mapping[str, int]],
+        judges: Callable[[], Sequence[Peer]],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.state: State = "unknown"
+        self.reached: frozenset[str] = frozenset()  # our parts that somebody outside reached
+        self.external: tuple[str, ...] = ()  # our addresses as others see them, the newest first
+        self.nat: Nat = "unknown"
+        self._own = own
+        self._ways = ways
+        self._http = http
+        self._membership = membership
+        self._ports = ports
+        self._judges = judges
+        self._on_change = on_change
+        self._look = asyncio.Event()
+
+    def look_again(self) -> None:
+        """Something is different: ask soon."""
+        self._look.set()
+
+    def came(self, address: str, part: str) -> None:
+        """Somebody outside came straight to `part` of us from `address`. That is proof without anybody's word."""
+        if not ranges.allows("public", address) or address in own_addresses():
+            return
+        if part not in self.reached and (ours := global_address()) is not None:
+            self._settle("public", self.reached | {part}, ours)
+
+    async def run(self) -> None:
+        """Ask now and then, and whenever there is a reason to. Supervised."""
+        while True:
+            self._look.clear()
+            verdicts = await self._ask_some()
+            if verdicts:
+                self._judge(verdicts)
+            wait_s = _AGAIN_S if verdicts else _RETRY_S
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._look.wait()
+            except TimeoutError:
+                continue
+            await asyncio.sleep(_SETTLE_S)
+
+    async def _ask_some(self) -> list[tuple[dialback.Verdict, int | None]]:
+        asked = self._judges()[:ASKED]
+        results = await asyncio.gather(*(self._ask(peer) for peer in asked), return_exceptions=True)
+        verdicts: list[tuple[dialback.Verdict, int | None]] = []
+        for result in results:
+            if isinstance(result, tuple):
+                verdicts.append(result)
+            elif not isinstance(result, SwarmError):
+                raise result
+        # Whoever cannot see where we come from has no opinion.
+        return [(verdict, port) for verdict, port in verdicts if verdict.address is not None]
+
+    async def _ask(self, peer: Peer) -> tuple[dialback.Verdict, int | None]:
+        async with self._ways.to(peer, via=NEVER) as way:
+            return await dialback.ask(
+                self._http, way, self._own, self._ports(), membership=self._membership
+            )
+
+    def _judge(self, verdicts: Sequence[tuple[dialback.Verdict, int | None]]) -> None:
+        reached = frozenset[str]().union(*(verdict.reached for verdict, _ in verdicts))
+        address = str(verdicts[0][0].address)
+        if reached:
+            address = next(str(verdict.address) for verdict, _ in verdicts if verdict.reached)
+        self.nat = _nat(verdicts, self.nat)
+        # What came by itself from outside is better evidence than what these few could reach.
+        kept = self.reached if self.external[:1] == (address,) else frozenset[str]()
+        reached |= kept
+        self._settle("public" if reached else "private", reached, address)
+
+    def _settle(self, state: State, reached: frozenset[str], address: str) -> None:
+        before = (self.state, self.reached, self.external)
+        others = [one for one in self.external if one != address]
+        self.external = (address, *others)[:4]
+        self.state, self.reached = state, reached
+        if (self.state, self.reached, self.external) != before:
+            _log.info("reachability: %s (%s)", state, ", ".join(sorted(reached)) or "nothing")
+            self._on_change()
+
+
+def _nat(verdicts: Sequence[tuple[dialback.Verdict, int | None]], before: Nat) -> Nat:
+    """What the NAT does with ports, as far as those show it who saw a plain connection."""
+    own = own_addresses()
+    if any(verdict.address in own for verdict, _ in verdicts):
+        return "none"
+    seen = [(verdict.port, port) for verdict, port in verdicts if verdict.port and port]
+    if not seen:
+        return before
+    return "port-preserving" if all(outside == inside for outside, inside in seen) else "symmetric"
