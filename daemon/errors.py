@@ -11,7 +11,8 @@
     ├── PeerError              another node, or bytes from outside
     │   ├── VerificationError  4  the bytes or the signature are wrong, or could not be checked
     │   ├── Unserved           5  nobody could answer or give the bytes
-    │   │   └── Declined              somebody could, and does not do it for others
+    │   │   └── Unreachable       no way led to the node, so it was asked nothing
+    │   │       └── Declined          for its relay's owner does not want to carry this
     │   └── Busy               5  somebody could, but is at its limit
     ├── BackendError           this machine
     │   ├── NoSpace            6  the disk is full
@@ -99,7 +100,11 @@ class Unserved(PeerError):
     http_status = 503
 
 
-class Declined(Unserved):
+class Unreachable(Unserved):
+    pass
+
+
+class Declined(Unreachable):
     pass
 
 

@@ -12,7 +12,16 @@ afterwards is sealed or signed, so that a lie leads nowhere.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -20,7 +29,7 @@ from typing import Any, Protocol, TypeVar
 import aiohttp
 
 from daemon.config import Network
-from daemon.errors import Declined, SwarmError, Unserved, VerificationError
+from daemon.errors import Declined, SwarmError, Unreachable, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.membership import ASKED, Membership
 from daemon.peerapi.ping import ping
@@ -118,15 +127,23 @@ class Ways:
 
     @asynccontextmanager
     async def to(
-        self, peer: Peer, *, via: str = AUTO, deadline_s: float = CONNECT_S, bulk: bool = False
+        self,
+        peer: Peer,
+        *,
+        via: str = AUTO,
+        avoid: Collection[str] = (),
+        deadline_s: float = CONNECT_S,
+        bulk: bool = False,
     ) -> AsyncIterator[Way]:
         """The first way to a peer's peer API that works; it stays open while the context lasts. `bulk`: for bytes of models,
         which few relays carry.
 
-        Raises `Unserved` with the reason of each way that failed, `Declined` when a relay that would lead there does not
-        want to, `VerificationError` when another node answers everywhere.
+        Relays in `avoid` are not used: one may carry a ping and drop what follows.
+
+        Raises `Unreachable` with the reason of each way that failed (`Declined` where one was a relay that does not want to),
+        `VerificationError` when another node answers everywhere.
         """
-        candidates = self._candidates(peer, via, kind=BYTES if bulk else MESSAGES)
+        candidates = self._candidates(peer, via, avoid, kind=BYTES if bulk else MESSAGES)
         if not candidates and via not in (AUTO, NEVER):
             raise Unserved("peer", f"node {via.removeprefix('ed25519:')[:8]} does not carry for it")
         stack, way = await self._first(candidates, peer.node, deadline_s)
@@ -157,6 +174,7 @@ class Ways:
         self,
         peer: Peer,
         via: str,
+        avoid: Collection[str] = (),
         *,
         kind: Kind = MESSAGES,
         named_by_a_person: bool = False,
@@ -173,10 +191,12 @@ class Ways:
             if peer.peer_id is not None:
                 found.append(_Candidate(self._libp2p(peer.peer_id, address.ipfs)))
         if via != NEVER:
-            found += self._relayed(peer, via, kind)
+            found += self._relayed(peer, via, avoid, kind)
         return found
 
-    def _relayed(self, peer: Peer, via: str, kind: Kind) -> list[_Candidate]:
+    def _relayed(
+        self, peer: Peer, via: str, avoid: Collection[str], kind: Kind
+    ) -> list[_Candidate]:
         relays = self.relays
         if relays is None:
             return []
@@ -187,8 +207,14 @@ class Ways:
         carriers = [self._carrier(relay_address(point)) for point in peer.address.relays]
         if via != AUTO:
             # A relay that somebody names may carry for the peer although the peer does not say so.
-            carriers = [one for one in carriers if one.node == via] or [self._carrier(Address(via))]
-        return [_Candidate(self._over(relays, one, peer.node, kind), delay) for one in carriers]
+            known = self.lookup(via)
+            named = [one for one in carriers if one.node == via]
+            carriers = named or ([known] if known is not None and known.relay else [])
+        return [
+            _Candidate(self._over(relays, one, peer.node, kind), delay)
+            for one in carriers
+            if one.node not in avoid
+        ]
 
     def _carrier(self, point: Address) -> Peer:
         """A relay, at the endpoint that the peer names for it and at those that are known here."""
@@ -226,9 +252,14 @@ class Ways:
         self, candidates: Sequence[_Candidate], node: str, deadline_s: float
     ) -> tuple[AsyncExitStack, Way]:
         if not candidates:
-            raise Unserved("peer", "there is no way to it", "check that it runs, and its address")
+            raise Unreachable("peer", "there is no way to it", "check that it runs, and its address")
         race = _Race(len(candidates))
-        return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+        try:
+            return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+        except Declined:
+            raise
+        except Unserved as error:
+            raise Unreachable(error.what, error.why, error.hint) from error
 
     async def _attempt(
         self, candidate: _Candidate, node: str, deadline_s: float, race: _Race

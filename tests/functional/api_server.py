@@ -52,6 +52,7 @@ NODE = "ed25519:" + "ab" * 32
 OTHER = "ed25519:" + "cd" * 32
 RELAY = "ed25519:" + "1a2b3c4d" * 8
 EXPIRES = 1_900_000_000
+HEARD = 1_800_000_000.5
 # What `status` says of the network of a node on loopback that knows nobody.
 ALONE: dict[str, Any] = {
     "reachability": "unknown",
@@ -262,6 +263,9 @@ class FakePeers:
     def peer(self, node: str) -> Peer | None:
         return next((row for row in self.rows if row.node == node), None)
 
+    def heard(self, node: str) -> float | None:
+        return HEARD if node == OTHER else None
+
 
 class FakeGossip:
     async def join(self, address: Address) -> Peer:
@@ -426,7 +430,10 @@ class World:
 
     async def status(self) -> dict[str, Any]:
         ipfs = {"enabled": False, "state": "off", "version": None, "pid": None, "peers": 0, "reason": None}
-        bittorrent = {"enabled": True, "state": "ready", "port": 1, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0}
+        dht = {"enabled": False, "nodes": 0, "state": "off"}
+        bittorrent = {
+            "enabled": True, "state": "ready", "port": 1, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0, "dht": dht,
+        }  # fmt: skip
         return {
             "state": "ready", "node": NODE, "peer_id": None, "addresses": ["swarmctl://" + "ab" * 32], "api": self.url,
             "network": "loopback",

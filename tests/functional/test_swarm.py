@@ -33,6 +33,7 @@ from daemon.engine.interface import (
     ToolCallDelta,
 )
 from daemon.errors import Ambiguous, Busy, ContextOverflow, InferenceError, NotFound, Unavailable, Unserved, UsageError, VerificationError
+from daemon.gossip import exchange
 from daemon.membership import OpenSwarm
 from daemon.peerapi.limits import Limits
 from daemon.peerapi.ping import Ping
@@ -42,9 +43,10 @@ from daemon.peerchat.provider import PeerProvider
 from daemon.peerchat.seal import REQUEST_TYPE
 from registry import announcement
 from registry.cid import leaf_cid
+from registry.codes import code_of_cid, short
 from registry.envelope import key_name, sign
 from registry.errors import Stale
-from registry.records import Address, Announcement
+from registry.records import Address, Announcement, Offer
 from tests.functional.swarm_nodes import CID, Node, Script, swarm_node, text_of, until
 
 QUESTION = ChatRequest(({"role": "user", "content": "a very private prompt"},))
@@ -187,6 +189,73 @@ async def test_more_models_than_one_page_holds(tmp_path: Path) -> None:
         del a.held[5:]
         a.gossip.changed()
         await until(lambda: len(b.table.offers()) == 5)
+
+
+async def test_pages_that_are_missing_are_asked_for(tmp_path: Path) -> None:
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b:
+        for number in range(30):
+            a.holds(leaf_cid(b"%d" % number), f"model {number}")
+        await b.gossip.receive((await a.gossip.pages.news(60, 1 << 52, ()))[0])
+        assert b.table.behind()[a.key] and len(b.table.offers()) < 30
+        await until(lambda: len(b.table.offers()) == 30 and not b.table.behind())
+
+
+async def test_pages_of_a_node_that_cannot_be_reached_come_from_another(tmp_path: Path) -> None:
+    async with (
+        swarm_node(tmp_path / "a", direct=False) as a,
+        swarm_node(tmp_path / "b") as b,
+        swarm_node(tmp_path / "c") as c,
+    ):
+        a.holds()
+        await b.gossip.join(c.gossip.pages.address())
+        for envelope in await a.gossip.own_pages():
+            await c.gossip.receive(envelope)
+        await until(lambda: c.sees(a))
+        await b.gossip.receive((await a.gossip.pages.news(60, 1 << 52, ()))[0])
+        await until(lambda: b.sees(a))
+
+
+async def test_questions_on_pubsub(tmp_path: Path, kubo_binary: Path) -> None:
+    async with (
+        swarm_node(tmp_path / "a", kubo=kubo_binary, direct=False, heartbeat_s=2.0) as a,
+        swarm_node(tmp_path / "b", kubo=kubo_binary, direct=False) as b,
+    ):
+        a.holds()
+        await b.gossip.join(a.gossip.pages.address())
+        await until(lambda: b.sees(a) and a.gossip.pubsub.neighbours != frozenset())
+        assert b.ipfs is not None
+        topic = OpenSwarm().topic
+        for forged in (b'{"want"', b'{"want":5}', b'{"want":{"x":[0]}}', b'{"want":{"' + b"f" * 16 + b'":[0]}}', b'{"want":{}}' * 9):
+            await b.ipfs.publish(topic, forged)
+        heard: list[int | None] = []
+
+        async def listen() -> None:
+            assert b.ipfs is not None
+            async for message in b.ipfs.subscribe(topic):
+                if not message.data.startswith(b'{"want"'):
+                    heard.append(announcement.read(message.data).page)
+
+        listening = asyncio.create_task(listen())
+        await until(lambda: heard.count(None) > 1)
+        heard.clear()
+        await b.gossip.pubsub.ask({a.key: (0, 63)})
+        await until(lambda: 0 in heard)
+        listening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await listening
+        assert a.supervisor.state()["pubsub"].crashes == 0
+
+
+async def test_a_silent_node_is_gone_within_40_s(tmp_path: Path) -> None:
+    now = [time.time()]
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b", clock=lambda: now[0]) as b:
+        a.serves(Script())
+        await b.gossip.join(a.gossip.pages.address())
+        await until(lambda: b.sees(a, serving=True))
+        now[0] = time.time() + 25  # two beats were lost
+        assert b.sees(a, serving=True)
+        now[0] = time.time() + 40
+        assert not b.sees(a) and b.table.peers() == []
 
 
 async def test_a_blocked_node_is_not_heard(tmp_path: Path) -> None:
@@ -581,6 +650,31 @@ async def test_what_the_peer_api_refuses(tmp_path: Path, path: str, headers: dic
         async with a.http.post(f"{a.url}/swarm/1/{path}", data=io.BytesIO(body), headers=headers) as response:
             assert response.status == status
         assert not any(loop.state == "crashed" for loop in a.supervisor.state().values())
+
+
+async def test_in_a_large_swarm_a_newcomer_gets_first_what_it_looks_for(tmp_path: Path) -> None:
+    limit = exchange.BODY_LIMIT
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b:
+        sought = leaf_cid(b"sought")
+        others = [leaf_cid(b"%d" % number) for number in range(12)]
+        for number in range(120):
+            await a.gossip.receive(a_page(*(others if number % 24 else [sought, *others])))
+        assert sum(len(words) for node in a.table.envelopes().values() for words in node) > 2 * limit
+        address = a.gossip.pages.address()
+        await b.gossip.meeting.meet(address, codes=(short(code_of_cid(sought)),))
+        assert len(b.table.peers()) < 100
+        assert len([offer for offer in b.table.offers() if offer.cid == sought]) == 5
+
+
+def a_page(*cids: str) -> bytes:
+    """The page of a node that exists only on it."""
+    key = Ed25519PrivateKey.generate()
+    node = key_name(key)
+    now = time.time()
+    offers = tuple(Offer(node, cid, "1" * 40, "2" * 64, cid, "n" * 90, 1000, True) for cid in cids)
+    sequence = int(now * 1000)
+    said = Announcement(node, None, sequence, int(now) + 60, Address(node), (), offers, 0, (sequence,))
+    return sign(announcement.PAYLOAD_TYPE, announcement.build(said), key)
 
 
 async def test_wrong_envelopes_are_left_out_and_the_others_taken(tmp_path: Path) -> None:
