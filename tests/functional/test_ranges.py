@@ -17,8 +17,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from daemon.errors import Declined, Unserved
 from daemon.membership import Membership, membership
 from daemon.transfer.fetch import Fetch, Patience, Sources, Wanted
+from daemon.transfer.holders import Holders
 from daemon.transfer.objects import Objects, object_cid
-from daemon.transfer.ranges import RANGE_LIMIT, Holders, RangeLimits
+from daemon.transfer.ranges import RANGE_LIMIT, RangeLimits
 from daemon.transfer.sources import LeafSink, RateLimit
 from daemon.transfer.transfers import Transfer
 from registry.cid import UnixfsHasher, leaf_cid
