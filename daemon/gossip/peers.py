@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -42,7 +43,7 @@ _OPEN = "peers.open"  # whether the ledger may be behind the table
 
 
 class _Page:
-    __slots__ = ("envelope", "expires", "look_at", "offers", "revision")
+    __slots__ = ("envelope", "expires", "look_at", "offers", "revision", "serving")
 
     def __init__(
         self, revision: int, expires: int, offers: tuple[Offer, ...], envelope: bytes
@@ -51,6 +52,7 @@ class _Page:
         self.expires = expires
         self.offers = offers
         self.envelope = envelope
+        self.serving = any(offer.serving for offer in offers)
         self.look_at = expires  # when it is looked at again, see `_sweep`
 
 
@@ -111,6 +113,7 @@ class PeerTable:
         self._gone: set[str] = set()
         self._stale_mirror = asyncio.Event()
         self._opened = False
+        self._random = random.Random()
 
     # -- the ledger ---------------------------------------------------------------------------------------------------
 
@@ -285,31 +288,45 @@ class PeerTable:
         """The sequence number of the newest word of each live node, by `rules.node_id`."""
         return {rules.node_id(peer.node): peer.sequence for peer in self.peers()}
 
-    def want(self, most: int) -> dict[str, Sequence[int]]:
-        """The pages that are missing of at most that many live nodes, by `rules.node_id`."""
-        behind = list(self.behind().items())[:most]
-        return {rules.node_id(node): pages for node, pages in behind}
+    def want(self, most: int, first: str = "") -> dict[str, Sequence[int]]:
+        """The pages that are missing of at most that many live nodes, by `rules.node_id`: of the `first`, if some are, and of
+        the others as chance decides.
+        """
+        behind = self.behind()
+        nodes = self._random.sample(list(behind), min(most, len(behind)))
+        if first in behind:
+            nodes = list(dict.fromkeys([first, *nodes]))[:most]
+        return {rules.node_id(node): behind[node] for node in nodes}
 
     def news(
-        self, have: Mapping[str, int], want: Mapping[str, Collection[int]]
+        self,
+        have: Mapping[str, int] | None,
+        want: Mapping[str, Collection[int]],
+        *,
+        limit: int | None = None,
     ) -> dict[str, list[bytes]]:
         """The signed words of live nodes, by node, that somebody lacks: who has heard `have` (see there) and asks for `want`.
 
-        The newest word of a node comes before its pages.
+        Without `have` only the nodes in `want` count. The newest word of a node comes before its pages. Beyond `limit` bytes
+        there is no more; the nodes come in another order each time, so that every one gets its turn.
         """
         now = self._clock()
         found: dict[str, list[bytes]] = {}
-        for node, entry in self._entries.items():
-            if entry.head is None or entry.peer.expires <= now:
+        size = 0
+        for node in self._random.sample(list(self._entries), len(self._entries)):
+            entry, name = self._entries[node], rules.node_id(node)
+            asked = have is not None or name in want
+            if not asked or entry.head is None or entry.peer.expires <= now:
                 continue
-            name = rules.node_id(node)
-            heard, wanted = have.get(name, 0), want.get(name, ())
-            words: list[bytes] = [entry.head] if entry.peer.sequence > heard else []
-            for number, page in entry.named():
-                if page.revision > heard or number in wanted:
-                    words.append(page.envelope)
-            if words:
-                found[node] = list(dict.fromkeys(words))
+            wanted = want.get(name, ())
+            heard = have.get(name, 0) if have is not None else entry.peer.sequence
+            if entry.peer.sequence <= heard and not wanted:
+                continue
+            words = _lacked(entry, entry.head, heard, wanted)
+            found[node] = words
+            size += sum(map(len, words))
+            if limit is not None and size > limit:
+                break
         return found
 
     def envelopes(self) -> dict[str, list[bytes]]:
@@ -456,6 +473,15 @@ class PeerTable:
         self._stale_mirror.set()
 
 
+def _lacked(entry: _Entry, head: bytes, heard: int, wanted: Collection[int]) -> list[bytes]:
+    """What somebody lacks of one node who heard its word number `heard` and asks for the `wanted` pages."""
+    words = [head]  # small, and without it no page is believed
+    for number, page in entry.named():
+        if page.revision > heard or number in wanted:
+            words.append(page.envelope)
+    return list(dict.fromkeys(words))
+
+
 def _served_first(numbered: tuple[int, _Page]) -> tuple[bool, int]:
     number, page = numbered
-    return not any(offer.serving for offer in page.offers), number
+    return not page.serving, number

@@ -198,8 +198,14 @@ async def test_a_node_that_names_pages_and_never_gives_them(ledger: LedgerThread
     peers.accept(a.beat(sequence=100))
     assert peers.behind() == {a.node: tuple(range(64))}
     assert peers.offers() == [] and len(peers.envelopes()[a.node]) == 1
+    others = [Speaker(clock) for _ in range(5)]
+    for other in others:
+        other.revisions = (1,)
+        peers.accept(other.beat(sequence=100))
+    for _ in range(20):
+        assert len(peers.want(2)) == 2 and next(iter(peers.want(2, others[3].node))) == rules.node_id(others[3].node)
     clock[0] += 600
-    assert peers.behind() == {}
+    assert peers.behind() == peers.want(64) == {}
 
 
 async def test_who_says_what_it_has_is_given_the_rest(ledger: LedgerThread, clock: list[int], cids: list[str]) -> None:
@@ -212,9 +218,26 @@ async def test_who_says_what_it_has_is_given_the_rest(ledger: LedgerThread, cloc
     assert peers.news({name: 5}, {}) == {}
     assert peers.news({name: 4}, {}) == {a.node: [words[4]]}
     assert peers.news({name: 3}, {}) == {a.node: [words[4], words[3]]}
-    assert peers.news({name: 5}, {name: [0, 7]}) == {a.node: [words[0]]}
+    assert peers.news({name: 5}, {name: [0, 7]}) == {a.node: [words[4], words[0]]}
+    assert peers.news(None, {name: [1]}) == {a.node: [words[4], words[3]]}
+    assert peers.news(None, {}) == peers.news(None, {"f" * 16: [0]}) == {}
     assert peers.news({}, {}) == {a.node: [words[4], words[0], words[3]]}
     assert peers.news({}, {"f" * 16: [0]}) == {a.node: [words[4], words[0], words[3]]}
+
+
+async def test_what_is_given_is_bounded_and_every_node_gets_its_turn(ledger: LedgerThread, clock: list[int]) -> None:
+    peers, speakers = table(ledger, clock), [Speaker(clock) for _ in range(8)]
+    sizes = []
+    for speaker in speakers:
+        word = speaker.beat()
+        peers.accept(word)
+        sizes.append(len(word))
+    seen: set[str] = set()
+    for _ in range(200):
+        given = peers.news({}, {}, limit=2 * max(sizes))
+        assert 2 <= len(given) <= 4
+        seen |= given.keys()
+    assert seen == {speaker.node for speaker in speakers}
 
 
 # -- the ledger -------------------------------------------------------------------------------------------------------------
