@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon.buckets import Buckets
 from daemon.errors import Busy, NoSpace, Refused
-from daemon.gossip.peers import PeerTable, Standing
+from daemon.gossip.peers import OFFER_BYTES, PeerTable, Standing
 from daemon.ledger import LedgerThread
 from registry import announcement as rules
 from registry.cid import leaf_cid
@@ -380,6 +380,20 @@ async def test_the_number_of_offers_is_bounded(ledger: LedgerThread, clock: list
     peers.accept(a.says(*cids[:2]))
     peers.accept(b.says(cids[0]))
     assert len(offered(peers)) == 3
+
+
+async def test_pages_without_offers_are_bounded_by_their_bytes(ledger: LedgerThread, clock: list[int]) -> None:
+    peers, a = table(ledger, clock, offers_limit=8), Speaker(clock)
+    with pytest.raises(Busy):
+        for page in range(64):
+            peers.accept(a.says(page=page))
+    assert sum(map(len, peers.envelopes()[a.node])) < 9 * OFFER_BYTES
+    await peers.mirror()
+    assert len(await ledger.call(Ledger.pages)) < 64
+    clock[0] += 600
+    assert peers.offers() == []
+    await peers.mirror()
+    assert await ledger.call(Ledger.pages) == [] and len(await ledger.call(Ledger.peers)) == 1
 
 
 async def test_statistics_follow_the_latest_and_belong_to_known_nodes(ledger: LedgerThread, clock: list[int]) -> None:
