@@ -57,6 +57,7 @@ from daemon.transfer.library import Library
 from daemon.transfer.objects import Objects, ObjectServer
 from daemon.transfer.publish import Publisher
 from daemon.transfer.pull import Puller
+from daemon.transfer.ranges import Holders, RangeServer
 from daemon.transfer.resolve import Resolver
 from daemon.transfer.resolve import parse as parse_ref
 from daemon.transfer.seeding import Seeding
@@ -269,8 +270,11 @@ class _Daemon:
         chats = ChatServer(seal_keys, offering.provider)
         self._busy = lambda: chats.answering > 0 or ways.answering
         objects = ObjectServer(has.library.small_object, self._membership)
+        ranges = RangeServer(
+            has.library.shared_file, self._membership, RateLimit(config.transfer.upload_rate)
+        )
         api = PeerApi(
-            [*connectivity.routes(), *chats.routes(), *objects.routes()],
+            [*connectivity.routes(), *chats.routes(), *objects.routes(), *ranges.routes()],
             membership=self._membership,
             allowed=partial(network.may_come, config),
             on_direct=connectivity.came,
@@ -286,9 +290,23 @@ class _Daemon:
         stack.push_async_callback(transfers.close)
         publisher = Publisher(has.store, has.library, self._key)
         objects = Objects(self._ipfs, voice.connectivity.ways, voice.http, self._membership)
-        resolver = Resolver(objects, voice.peers, has.trust, self._ipfs, config.ipfs.enabled, voice.connectivity.rendezvous.search)
+        resolver = Resolver(
+            objects,
+            voice.peers,
+            has.trust,
+            self._ipfs,
+            config.ipfs.enabled,
+            voice.connectivity.rendezvous.search,
+            has.torrents,
+        )
         patience = Patience(config.transfer.stall, config.transfer.give_up)
-        sources = Sources(self._ipfs, config.ipfs.enabled, RateLimit(config.transfer.download_rate), patience)
+        sources = Sources(
+            self._ipfs,
+            config.ipfs.enabled,
+            Holders(voice.connectivity.ways, voice.http, self._membership),
+            RateLimit(config.transfer.download_rate),
+            patience,
+        )
         puller = Puller(has.store, has.library, resolver, publisher, has.torrents, sources)
         return transfers, puller, publisher
 

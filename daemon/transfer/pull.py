@@ -21,7 +21,7 @@ from daemon.transfer.identify import Identified, identify
 from daemon.transfer.library import Arrival, Library
 from daemon.transfer.publish import Publisher
 from daemon.transfer.resolve import Plan, Resolver, check_torrent
-from daemon.transfer.sources import LeafSink
+from daemon.transfer.sources import LeafSink, unwrap
 from daemon.transfer.store import Record, Store
 from daemon.transfer.transfers import Transfer
 from daemon.waiting import KeyLocks
@@ -110,22 +110,46 @@ class Puller:
     # -- fetching ---------------------------------------------------------------------------------------------------
 
     async def _with_torrent(self, plan: Plan) -> Plan:
-        """The plan with its .torrent: by its manifest, else from the BitTorrent swarm; without, when only the CID is known."""
-        torrent = await self._resolver.published_torrent(plan)
-        if torrent is None and self._torrents is not None and (plan.infohash or plan.infohash_v2):
-            try:
-                torrent = await self._torrents.metadata(
-                    plan.infohash, plan.infohash_v2, self._bittorrent_peers(plan), deadline_s=_METADATA_S
-                )
-            except Unserved:
-                if plan.cid is None or self._sources.ipfs() is None:
-                    raise
-            else:
-                check_torrent(plan, torrent)
+        """The plan with its .torrent: by its manifest, else from the BitTorrent swarm; without, when only the CID is known.
+
+        Where a magnet names the manifest, manifest and .torrent are asked of the BitTorrent swarm at once.
+        """
+        torrent: bytes | None = None
+        if plan.manifest_torrent is not None:
+            plan, torrent = await self._manifest_and_metadata(plan)
+        if torrent is None:
+            torrent = await self._resolver.published_torrent(plan)
+        if torrent is None and plan.manifest_torrent is None:
+            torrent = await self._metadata(plan)
         if torrent is None:
             return plan
+        check_torrent(plan, torrent)
         facts = metainfo.parse(torrent)
         return replace(plan, torrent=torrent, size=facts.size, infohash=facts.infohash, infohash_v2=facts.infohash_v2)
+
+    async def _manifest_and_metadata(self, plan: Plan) -> tuple[Plan, bytes | None]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                signed = group.create_task(self._resolver.named_manifest(plan, self._bittorrent_peers(plan)))
+                metadata = group.create_task(self._metadata(plan))
+        except BaseExceptionGroup as errors:
+            raise unwrap(errors) from errors
+        return signed.result(), metadata.result()
+
+    async def _metadata(self, plan: Plan) -> bytes | None:
+        """The .torrent from the BitTorrent swarm. None where IPFS can do without. Raises `Unserved`."""
+        if self._torrents is None or not (plan.infohash or plan.infohash_v2):
+            return None
+        try:
+            return await self._torrents.metadata(
+                plan.infohash, plan.infohash_v2, self._bittorrent_peers(plan), deadline_s=_METADATA_S
+            )
+        except Unserved:
+            # A manifest that is still on its way will tell the CID.
+            cid_known = plan.cid is not None or plan.manifest_torrent is not None
+            if cid_known and self._sources.ipfs() is not None:
+                return None
+            raise
 
     async def _fetch_and_verify(self, transfer: Transfer, plan: Plan) -> tuple[Identified, GgufFacts, Arrival]:
         if plan.size is None:
@@ -182,7 +206,9 @@ class Puller:
         ours = len(leaves) == max(1, -(-size // LEAF_SIZE))
         sink = LeafSink(path, size, leaves if ours else [])
         await sink.check()
-        await Fetch(self._sources, self._wanted(plan), transfer, sink, None).run()
+        # Without leaves of ours only IPFS itself checks what comes.
+        wanted = replace(self._wanted(plan), checked=ours)
+        await Fetch(self._sources, wanted, transfer, sink, None).run()
         if not ours:
             await node.drop_blocks(leaves)
 
