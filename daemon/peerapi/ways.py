@@ -12,6 +12,7 @@ afterwards is sealed or signed, so that a lie leads nowhere.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ CONNECT_S = 5.0  # for one way to a peer
 RELAYS_AFTER_S = 0.3  # head start of the ways without a relay
 _URLS_TRIED = 3
 _MULTIADDRS_TRIED = 8
+_LOOK_S = 0.1
 _REACHED_KEPT = 1024  # nodes of which is known how they were reached
 
 AUTO, NEVER = "auto", "never"  # of `via`; anything else is the node key of a relay
@@ -121,7 +123,11 @@ class Ways:
         candidates = self._candidates(peer, via)
         if not candidates and via not in (AUTO, NEVER):
             raise Unserved("peer", f"node {via.removeprefix('ed25519:')[:8]} does not carry for it")
-        stack, way = await self._first(candidates, peer.node, deadline_s)
+        now = self._first(candidates, peer.node, deadline_s)
+        if _says_how(peer):
+            stack, way = await now
+        else:
+            stack, way = await first([now, self._later(peer.node, via, deadline_s)])
         self._note(peer.node, way)
         async with stack:
             yield way
@@ -136,6 +142,21 @@ class Ways:
         stack, way = await self._first(ways, address.node, deadline_s)
         async with stack:
             yield way
+
+    async def _later(
+        self, node: str, via: str, deadline_s: float
+    ) -> tuple[AsyncExitStack, Way]:
+        """The first way to a node once it announces any: one that has just joined is heard of before it knows how it is reached."""
+        end = time.monotonic() + deadline_s
+        while True:
+            peer = self.lookup(node)
+            if peer is not None and _says_how(peer):
+                return await self._first(self._candidates(peer, via), node, deadline_s)
+            if peer is None:
+                raise _no_way()
+            if time.monotonic() > end:
+                raise Unserved("peer", "it does not say how it is reached", "try again soon")
+            await asyncio.sleep(_LOOK_S)
 
     def _note(self, node: str, way: Way) -> None:
         self._reached.pop(node, None)
@@ -211,7 +232,7 @@ class Ways:
         self, candidates: Sequence[_Candidate], node: str, deadline_s: float
     ) -> tuple[AsyncExitStack, Way]:
         if not candidates:
-            raise Unserved("peer", "there is no way to it", "check that it runs, and its address")
+            raise _no_way()
         race = _Race(len(candidates))
         return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
 
@@ -290,6 +311,16 @@ async def _open(
 ) -> AsyncIterator[Way]:
     async with tunnel as url:
         yield Way(url, via)
+
+
+def _no_way() -> Unserved:
+    return Unserved("peer", "there is no way to it", "check that it runs, and its address")
+
+
+def _says_how(peer: Peer) -> bool:
+    """Whether a node announces any endpoint."""
+    address = peer.address
+    return bool(address.http or address.ipfs or address.relays)
 
 
 def _peer_id(address: Address) -> str | None:
