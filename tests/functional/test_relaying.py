@@ -64,7 +64,7 @@ async def test_objects_come_through_a_relay(tmp_path: Path) -> None:
         server.objects[object_cid(manifest)] = manifest
         holder = asker.table.peer(server.key)
         assert holder is not None
-        objects = Objects(lambda: None, asker.ways, asker.http)
+        objects = Objects(lambda: None, asker.ways, asker.http, asker.membership)
         assert await objects.get(object_cid(manifest), [holder], limit=1 << 20) == manifest
 
 
