@@ -11,6 +11,7 @@
     ├── PeerError              another node, or bytes from outside
     │   ├── VerificationError  4  the bytes or the signature are wrong, or could not be checked
     │   ├── Unserved           5  nobody could answer or give the bytes
+    │   │   └── Unreachable       no way led to the node, so it was asked nothing
     │   └── Busy               5  somebody could, but is at its limit
     ├── BackendError           this machine
     │   ├── NoSpace            6  the disk is full
@@ -96,6 +97,10 @@ class VerificationError(PeerError):
 
 class Unserved(PeerError):
     http_status = 503
+
+
+class Unreachable(Unserved):
+    pass
 
 
 class Busy(PeerError):

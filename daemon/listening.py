@@ -17,8 +17,10 @@ async def listening(
     is never closed, and whoever is at its other end waits (CPython issue 109564). So accepting ends first.
     """
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(factory, host, port, backlog=backlog)
+    # Started within `try`: a start that is cancelled would leave the socket behind.
+    server = await loop.create_server(factory, host, port, backlog=backlog, start_serving=False)
     try:
+        await server.start_serving()
         yield server.sockets[0].getsockname()[1]
     finally:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,10 +13,21 @@ import aiohttp
 
 from daemon.answering.local import LocalModel
 from daemon.engine.interface import Delta, EmbeddingRequest, Embeddings, Provider, Request
-from daemon.errors import Ambiguous, BackendError, CallerError, InferenceError, NotFound, PeerError, SwarmError, Unserved, UsageError
+from daemon.errors import (
+    Ambiguous,
+    BackendError,
+    CallerError,
+    InferenceError,
+    NotFound,
+    PeerError,
+    SwarmError,
+    Unreachable,
+    Unserved,
+    UsageError,
+)
 from daemon.gossip.peers import PeerTable
 from daemon.gossip.rendezvous import Search
-from daemon.peerapi.ways import AUTO, NEVER, Ways
+from daemon.peerapi.ways import AUTO, CONNECT_S, NEVER, Ways
 from daemon.peerchat.provider import PeerProvider
 from daemon.waiting import close
 from registry import codes, routing
@@ -27,6 +39,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 CANDIDATES_TRIED = 5
+QUICK_S = 1.0  # for one of several candidates to be reached, at first
 
 
 class Deltas:
@@ -130,19 +143,30 @@ class Answers:
     async def _first(
         self, model: str | None, via: str, ask: Callable[[Choice, Provider], Awaitable[T]]
     ) -> T:
-        """What the first candidate that does not fail says to `ask`."""
+        """What the first candidate that does not fail says to `ask`.
+
+        Where several could answer, none that is gone holds the question up: each is given a second to be reached, and those that
+        took longer are tried again with patience before this node loads what it only holds.
+        """
         local = {one.offer.cid: one for one in self._local()}
-        failures: list[tuple[Choice, SwarmError]] = []
-        for choice in await self._found(model, local):
-            provider = self._provider(choice, local, via)
+        choices = await self._found(model, local)
+        serving = [choice for choice in choices if choice.offer.serving]
+        failures: dict[Choice, SwarmError] = {}
+        waiting = deque((choice, QUICK_S if len(serving) > 1 else CONNECT_S) for choice in serving)
+        held = [choice for choice in choices if not choice.offer.serving]
+        while waiting or held:
+            choice, connect_s = waiting.popleft() if waiting else (held.pop(0), CONNECT_S)
+            provider = self._provider(choice, local, via, connect_s)
             if provider is None:
                 continue
             try:
                 return await ask(choice, provider)
             except (CallerError, PeerError, BackendError) as error:
                 _log.info("%s did not answer: %s", _who(choice), error)
-                failures.append((choice, error))
-        raise _nobody(model, failures, via)
+                failures[choice] = error
+                if isinstance(error, Unreachable) and connect_s < CONNECT_S:
+                    waiting.append((choice, CONNECT_S))
+        raise _nobody(model, list(failures.items()), via)
 
     async def _found(self, model: str | None, local: Mapping[str, LocalModel]) -> list[Choice]:
         """The candidates; looked for on the DHTs where none is known."""
@@ -180,7 +204,7 @@ class Answers:
         return serving + here
 
     def _provider(
-        self, choice: Choice, local: Mapping[str, LocalModel], via: str
+        self, choice: Choice, local: Mapping[str, LocalModel], via: str, connect_s: float
     ) -> Provider | None:
         if choice.local:
             here = local.get(choice.offer.cid)
@@ -190,7 +214,13 @@ class Answers:
         if peer is None:
             return None
         return PeerProvider(
-            peer, choice.offer.cid, ways=self._ways, http=self._http, clock=self._clock, via=via
+            peer,
+            choice.offer.cid,
+            ways=self._ways,
+            http=self._http,
+            clock=self._clock,
+            via=via,
+            connect_s=connect_s,
         )
 
     async def _begin(self, choice: Choice, provider: Provider, request: Request) -> Answer:

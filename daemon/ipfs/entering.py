@@ -43,13 +43,14 @@ async def enter(rpc: Rpc, *, held: Sequence[str], company: Company, bootstrap: S
 
 
 async def meet_relays(rpc: Rpc, relays: Sequence[str], let_through: Callable[[str], None]) -> None:
-    """Connect to each relay, and say so (gate.py). What cannot be reached is no error."""
+    """Connect to each relay, say so (gate.py), and hold on to it at its true address. What cannot be reached is no error."""
 
     async def meet(address: str) -> None:
         await _dial(rpc, [address])
         let_through(address.rpartition("/p2p/")[2])
 
     await asyncio.gather(*(meet(address) for address in relays))
+    await hold(rpc, relays)
 
 
 async def company(rpc: Rpc) -> Company:

@@ -31,7 +31,7 @@ _RELAY_ANSWERS_S = 2.0
 _RELAYS_AGAIN_S = 30.0
 _FRESH_S = 10.0
 _IDLE_LOOK_S = 0.2
-_PATIENCE_S = 300.0  # for what is in use; then a node that nobody can reach counts more
+_PATIENCE_S = 3600.0  # for what is in use: no answer takes as long, and a count that is wrong must not hold it for ever
 _LEAST_LIFE_S = 20.0  # between two starts that were asked for
 
 
@@ -96,7 +96,7 @@ class IpfsKeeper:
         """From now on the node shall stand in the network like this.
 
         Where that needs a new start of our own Kubo, it happens as soon as nobody uses it (`busy`), after
-        5 minutes in any case, and 20 s after the last such start at the earliest; `on_gone` and `on_ready`
+        an hour in any case, and 20 s after the last such start at the earliest; `on_gone` and `on_ready`
         are called around it. Relays that do not answer are left out; while none does, they are tried
         again every 30 s. In a closed network, and of a node that somebody else runs, nothing changes.
         """

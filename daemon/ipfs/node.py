@@ -56,7 +56,8 @@ class KuboNode:
     # -- the node ---------------------------------------------------------------------------------------------------
 
     async def identity(self) -> PeerIdentity:
-        found = await self._unary(lambda client: client.id())
+        # Not through a thread: it is asked every few seconds, also of a node that is about to go.
+        found = await self._timed(self._rpc.call("id"))
         return PeerIdentity(found["ID"], tuple(found["Addresses"] or ()))
 
     async def version(self) -> str:

@@ -172,6 +172,8 @@ class Connectivity:
         if self._config.network == "public":
             self._supervisor.run("reachability", self.reachability.run, restart=True)
             self.holder.start()
+            if self._torrents is not None and self._listens_outside():
+                self._torrents.ports.map_port(self.ports.direct)
             self._supervisor.run("announce on DHT", self.rendezvous.announce_forever, restart=True)
             self._supervisor.run("provide", self.rendezvous.provide_forever, restart=True)
             self._supervisor.run("look for others", self._look_for_others, restart=True)
@@ -218,7 +220,7 @@ class Connectivity:
         guess = network.global_address()
         if self._config.network != "public" or self.reachability.state != "unknown" or guess is None:
             return known
-        urls = (network.url(guess, self.ports.direct),) if "http" in self._own_ports() else ()
+        urls = (network.url(guess, self.ports.direct),) if self._listens_outside() else ()
         bittorrent = self._torrents.port if self._torrents is not None else 0
         peers = (network.host_port(guess, bittorrent),) if bittorrent else ()
         return replace(known, http=urls, bittorrent=peers)
@@ -303,7 +305,7 @@ class Connectivity:
         if self._config.network != "public":
             return network.private_url(self._config, self.ports.direct)
         host = self._host("http")
-        return () if host is None else (network.url(host, self.ports.direct),)
+        return () if host is None else (network.url(host, self._outside_port()),)
 
     def _host(self, part: str) -> str | None:
         """The address at which others reach that part of us."""
@@ -316,13 +318,22 @@ class Connectivity:
 
     def _reached_port(self) -> int | None:
         """The port at which others reach our peer API; None where they do not."""
-        return self.ports.direct if "http" in self.reachability.reached else None
+        return self._outside_port() if "http" in self.reachability.reached else None
+
+    def _listens_outside(self) -> bool:
+        """Whether the peer API listens where others could reach it."""
+        return network.hosts(self._config) != ["127.0.0.1"]
+
+    def _outside_port(self) -> int:
+        """The port of our peer API as others see it: the one that a router forwards, where one does."""
+        mapped = self._torrents.ports.mapped_port if self._torrents is not None else None
+        return mapped or self.ports.direct
 
     def _own_ports(self) -> Mapping[str, int]:
         """The ports that somebody outside may try, by part."""
         ports: dict[str, int] = {}
-        if network.hosts(self._config) != ["127.0.0.1"]:
-            ports["http"] = self.ports.direct
+        if self._listens_outside():
+            ports["http"] = self._outside_port()
         if (libp2p := self._libp2p_port()) is not None:
             ports["ipfs"] = libp2p
         if self._torrents is not None and self._torrents.port:

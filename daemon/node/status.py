@@ -116,5 +116,9 @@ class Status:
 
     def _bittorrent(self) -> dict[str, Any]:
         if self._torrents is None:
-            return {"enabled": False, "state": "off", "port": None, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0}
+            dht = {"enabled": False, "nodes": 0, "state": "off"}
+            return {
+                "enabled": False, "state": "off", "port": None, "torrents": 0, "peers": 0,
+                "download_rate": 0, "upload_rate": 0, "dht": dht,
+            }  # fmt: skip
         return {"enabled": True, "state": "ready", "port": self._torrents.port, **self._torrents.status()}

@@ -13,7 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -21,7 +30,7 @@ from typing import Any, Protocol, TypeVar
 import aiohttp
 
 from daemon.config import Network
-from daemon.errors import SwarmError, Unserved, VerificationError
+from daemon.errors import SwarmError, Unreachable, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.membership import ASKED, Membership
 from daemon.peerapi.ping import ping
@@ -114,20 +123,26 @@ class Ways:
 
     @asynccontextmanager
     async def to(
-        self, peer: Peer, *, via: str = AUTO, deadline_s: float = CONNECT_S
+        self,
+        peer: Peer,
+        *,
+        via: str = AUTO,
+        avoid: Collection[str] = (),
+        deadline_s: float = CONNECT_S,
     ) -> AsyncIterator[Way]:
         """The first way to a peer's peer API that works; it stays open while the context lasts.
 
-        Raises `Unserved` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
+        Relays in `avoid` are not used: one may carry a ping and drop what follows.
+
+        Raises `Unreachable` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
         """
-        candidates = self._candidates(peer, via)
+        candidates = self._candidates(peer, via, avoid)
         if not candidates and via not in (AUTO, NEVER):
             raise Unserved("peer", f"node {via.removeprefix('ed25519:')[:8]} does not carry for it")
-        now = self._first(candidates, peer.node, deadline_s)
         if _says_how(peer):
-            stack, way = await now
+            stack, way = await self._first(candidates, peer.node, deadline_s)
         else:
-            stack, way = await first([now, self._later(peer.node, via, deadline_s)])
+            stack, way = await self._now_or_later(candidates, peer.node, via, avoid, deadline_s)
         self._note(peer.node, way)
         async with stack:
             yield way
@@ -143,20 +158,36 @@ class Ways:
         async with stack:
             yield way
 
-    async def _later(
-        self, node: str, via: str, deadline_s: float
+    async def _now_or_later(
+        self,
+        candidates: Sequence[_Candidate],
+        node: str,
+        via: str,
+        avoid: Collection[str],
+        deadline_s: float,
     ) -> tuple[AsyncExitStack, Way]:
-        """The first way to a node once it announces any: one that has just joined is heard of before it knows how it is reached."""
+        """The first way to a node that announces none: it has joined just now, and says how it is reached in a moment."""
+
+        async def later() -> tuple[AsyncExitStack, Way]:
+            peer = await self._announced(node, deadline_s)
+            return await self._first(self._candidates(peer, via, avoid), node, deadline_s)
+
+        try:
+            return await first([self._first(candidates, node, deadline_s), later()])
+        except Unserved as error:
+            raise Unreachable(error.what, error.why, error.hint) from error
+
+    async def _announced(self, node: str, deadline_s: float) -> Peer:
+        """A node as soon as it announces an endpoint."""
         end = time.monotonic() + deadline_s
-        while True:
+        while time.monotonic() < end:
             peer = self.lookup(node)
-            if peer is not None and _says_how(peer):
-                return await self._first(self._candidates(peer, via), node, deadline_s)
             if peer is None:
                 raise _no_way()
-            if time.monotonic() > end:
-                raise Unserved("peer", "it does not say how it is reached", "try again soon")
+            if _says_how(peer):
+                return peer
             await asyncio.sleep(_LOOK_S)
+        raise Unreachable("peer", "it does not say how it is reached", "try again soon")
 
     def _note(self, node: str, way: Way) -> None:
         self._reached.pop(node, None)
@@ -167,7 +198,12 @@ class Ways:
     # -- which ways there are ---------------------------------------------------------------------------------------
 
     def _candidates(
-        self, peer: Peer, via: str, *, named_by_a_person: bool = False
+        self,
+        peer: Peer,
+        via: str,
+        avoid: Collection[str] = (),
+        *,
+        named_by_a_person: bool = False,
     ) -> list[_Candidate]:
         address = peer.address
         found: list[_Candidate] = []
@@ -181,10 +217,10 @@ class Ways:
             if peer.peer_id is not None:
                 found.append(_Candidate(self._libp2p(peer.peer_id, address.ipfs)))
         if via != NEVER:
-            found += self._relayed(peer, via)
+            found += self._relayed(peer, via, avoid)
         return found
 
-    def _relayed(self, peer: Peer, via: str) -> list[_Candidate]:
+    def _relayed(self, peer: Peer, via: str, avoid: Collection[str]) -> list[_Candidate]:
         relays = self.relays
         if relays is None:
             return []
@@ -195,8 +231,13 @@ class Ways:
         carriers = [self._carrier(relay_address(point)) for point in peer.address.relays]
         if via != AUTO:
             # A relay that somebody names may carry for the peer although the peer does not say so.
-            carriers = [one for one in carriers if one.node == via] or [self._carrier(Address(via))]
-        return [_Candidate(self._over(relays, one, peer.node), delay) for one in carriers]
+            named = [one for one in carriers if one.node == via]
+            carriers = named or [one for one in (self.lookup(via),) if one is not None]
+        return [
+            _Candidate(self._over(relays, one, peer.node), delay)
+            for one in carriers
+            if one.node not in avoid
+        ]
 
     def _carrier(self, point: Address) -> Peer:
         """A relay, at the endpoint that the peer names for it and at those that are known here."""
@@ -234,7 +275,10 @@ class Ways:
         if not candidates:
             raise _no_way()
         race = _Race(len(candidates))
-        return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+        try:
+            return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+        except Unserved as error:
+            raise Unreachable(error.what, error.why, error.hint) from error
 
     async def _attempt(
         self, candidate: _Candidate, node: str, deadline_s: float, race: _Race
@@ -313,8 +357,8 @@ async def _open(
         yield Way(url, via)
 
 
-def _no_way() -> Unserved:
-    return Unserved("peer", "there is no way to it", "check that it runs, and its address")
+def _no_way() -> Unreachable:
+    return Unreachable("peer", "there is no way to it", "check that it runs, and its address")
 
 
 def _says_how(peer: Peer) -> bool:

@@ -7,17 +7,18 @@ the connection, and that cancels the generation on the far side.
 from __future__ import annotations
 
 import io
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import AsyncExitStack, aclosing
 
 import aiohttp
 
 from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Request
-from daemon.errors import Busy, InferenceError, PeerError, SwarmError, Unserved
+from daemon.errors import Busy, InferenceError, PeerError, SwarmError, Unserved, VerificationError
 from daemon.peerapi.ways import AUTO, CONNECT_S, Way, Ways
 from daemon.peerchat import wire
 from daemon.peerchat.seal import REQUEST_TYPE, RESPONSE_TYPE, ResponseOpener, seal_request
 from daemon.peerchat.server import PATH
+from registry.endpoints import relay_address
 from registry.records import Peer
 
 STALL_S = 20.0  # silence after which the asker gives a node up
@@ -59,8 +60,40 @@ class PeerProvider:
 
     async def embed(self, request: EmbeddingRequest) -> Embeddings:
         """Raises `Unserved` or `Busy`: another node can be asked."""
+        avoid: set[str] = set()
+        while True:
+            try:
+                return await self._vectors(request, avoid)
+            except (Unserved, VerificationError):
+                if not self._another_relay(avoid):
+                    raise
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Raises `Unserved` or `Busy` while another node can still be asked, `InferenceError` once text has come.
+
+        When a relay fails before that, or lies, the next one is taken, and the question is sealed anew.
+        """
+        question = wire.question(self._cid, request)
+        avoid: set[str] = set()
+        while True:
+            begun = False
+            try:
+                async with aclosing(self._deltas(question, avoid)) as deltas:
+                    async for delta in deltas:
+                        begun = begun or bool(delta.text or delta.tool_calls)
+                        yield delta
+                return
+            except (Unserved, VerificationError) as error:
+                if not begun and self._another_relay(avoid):
+                    continue
+                if begun and isinstance(error, Unserved):
+                    why = f"{error.why} in the middle"
+                    raise InferenceError("answer", why, "ask again") from error
+                raise
+
+    async def _vectors(self, request: EmbeddingRequest, avoid: Collection[str]) -> Embeddings:
         async with AsyncExitStack() as stack:
-            response, opener = await self._ask(stack, wire.question(self._cid, request))
+            response, opener = await self._ask(stack, wire.question(self._cid, request), avoid)
             frames = await stack.enter_async_context(aclosing(self._frames(response, opener)))
             joiner = wire.VectorsJoiner()
             async for said in frames:
@@ -73,34 +106,37 @@ class PeerProvider:
                     raise _out_of_place()
         raise Unserved("peer", "it ended its answer before it began")
 
-    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """Raises `Unserved` or `Busy` while another node can still be asked, `InferenceError` once text has come."""
-        question = wire.question(self._cid, request)
-        begun = False
+    async def _deltas(
+        self, question: bytes, avoid: Collection[str]
+    ) -> AsyncGenerator[Delta, None]:
         async with AsyncExitStack() as stack:
-            response, opener = await self._ask(stack, question)
-            deltas = await stack.enter_async_context(aclosing(self._frames(response, opener)))
-            try:
-                async for delta in deltas:
-                    if not isinstance(delta, Delta):
-                        raise _out_of_place()
-                    begun = begun or bool(delta.text or delta.tool_calls)
-                    yield delta
-                    if delta.finish is not None:
-                        return
-            except Unserved as error:
-                if not begun:
-                    raise
-                raise InferenceError("answer", f"{error.why} in the middle", "ask again") from error
+            response, opener = await self._ask(stack, question, avoid)
+            frames = await stack.enter_async_context(aclosing(self._frames(response, opener)))
+            async for said in frames:
+                if not isinstance(said, Delta):
+                    raise _out_of_place()
+                yield said
+                if said.finish is not None:
+                    return
+
+    def _another_relay(self, avoid: set[str]) -> bool:
+        """Whether what has just failed was behind a relay, and another one is left; `avoid` names it from now on."""
+        failed = self.relayed_by
+        if failed is None or self._via != AUTO:
+            return False
+        avoid.add(failed)
+        relays = {relay_address(point).node for point in self._peer.address.relays}
+        return not relays <= avoid
 
     async def _ask(
-        self, stack: AsyncExitStack, question: bytes
+        self, stack: AsyncExitStack, question: bytes, avoid: Collection[str]
     ) -> tuple[aiohttp.ClientResponse, ResponseOpener]:
         """The response to the sealed question, over the first way that works; `stack` closes it."""
         stack.enter_context(self._ways.an_answer())
+        self.relayed_by = None
         sealed, opener = self._seal(question)
         way = await stack.enter_async_context(
-            self._ways.to(self._peer, via=self._via, deadline_s=self._connect_s)
+            self._ways.to(self._peer, via=self._via, avoid=avoid, deadline_s=self._connect_s)
         )
         self.relayed_by = way.via
         response = await self._post(way, sealed)

@@ -423,7 +423,10 @@ class World:
 
     async def status(self) -> dict[str, Any]:
         ipfs = {"enabled": False, "state": "off", "version": None, "pid": None, "peers": 0, "reason": None}
-        bittorrent = {"enabled": True, "state": "ready", "port": 1, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0}
+        dht = {"enabled": False, "nodes": 0, "state": "off"}
+        bittorrent = {
+            "enabled": True, "state": "ready", "port": 1, "torrents": 0, "peers": 0, "download_rate": 0, "upload_rate": 0, "dht": dht,
+        }  # fmt: skip
         return {
             "state": "ready", "node": NODE, "peer_id": None, "addresses": ["swarmctl://" + "ab" * 32], "api": self.url,
             "network": "loopback",

@@ -39,3 +39,19 @@ async def test_nobody_gets_in_afterwards_and_the_port_is_free() -> None:
         assert near.connect_ex(("127.0.0.1", port))
     async with listening(asyncio.Protocol, "127.0.0.1", port) as again:
         assert again == port
+
+
+async def test_a_start_that_is_cancelled_leaves_no_socket() -> None:
+    async def listen() -> None:
+        async with listening(asyncio.Protocol, "127.0.0.1", 0):
+            await asyncio.Event().wait()
+
+    for turns in range(8):
+        task = asyncio.create_task(listen())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    # A socket that nobody closed is a warning here, and so an error.
+    gc.collect()

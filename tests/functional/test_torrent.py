@@ -207,6 +207,22 @@ async def test_metadata_that_nobody_gives() -> None:
         assert session.status()["torrents"] == 0
 
 
+async def test_a_seeder_that_is_told_of_an_asker_dials_it(tmp_path: Path) -> None:
+    """The asker knows nobody: its address went to the seeder by another way."""
+    data, made = content(), torrent_of(content())
+    await asyncio.to_thread((tmp_path / "seed").write_bytes, data)
+    async with node() as session, node() as seeding:
+        await seeding.seed(made.torrent, tmp_path / "seed")
+        download = await session.download(made.torrent, tmp_path, "model.gguf")
+        await download.checked()
+        download.join_swarm()
+        seeding.meet("00" * 20, [("127.0.0.1", session.port)])
+        seeding.meet(made.infohash, [("127.0.0.1", session.port), ("name.example", 1)])
+        await download.finished()
+        assert await asyncio.to_thread((tmp_path / "model.gguf").read_bytes) == data
+        await download.close()
+
+
 async def test_metadata_of_two_different_torrents(tmp_path: Path) -> None:
     made, other = torrent_of(content()), torrent_of(content(SIZE + 1))
     async with seeder(made, tmp_path / "seed", content()) as peer, node() as session:

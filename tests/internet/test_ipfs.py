@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from daemon.config import Config, Ipfs
-from daemon.errors import SwarmError, Unserved
+from daemon.errors import SwarmError, Unavailable, Unserved
 from daemon.ipfs import gate
 from daemon.ipfs import keeper as keeping
 from daemon.ipfs.bootstrap import PUBLIC_BOOTSTRAP
@@ -112,13 +112,22 @@ class Kept:
         return self.keeper.node
 
     async def meets(self, peer: str) -> bool:
-        return self.keeper.node is not None and peer in await self.keeper.node.peers()
+        if self.keeper.node is None:
+            return False
+        try:
+            return peer in await self.keeper.node.peers()
+        except Unavailable:
+            return False  # it is being started again
 
     async def circuits(self) -> tuple[str, ...]:
         """Where strangers reach it, once it has a reservation."""
         if self.keeper.node is None:
             return ()
-        usable = usable_multiaddrs((await self.keeper.node.identity()).addresses, "public")
+        try:
+            identity = await self.keeper.node.identity()
+        except Unavailable:
+            return ()  # it is being started again
+        usable = usable_multiaddrs(identity.addresses, "public")
         return tuple(address for address in usable if "/p2p-circuit/" in address)
 
 
