@@ -65,7 +65,7 @@ class Swarm:
     relay_bytes: bool = False  # whether to carry the bytes of models for them, too
     rendezvous: bool = True  # whether to be found on the DHTs by the codes of the models that are shared
     join: tuple[str, ...] = ()  # addresses of nodes to know from the start, separated by spaces
-    heartbeat: int = 60  # seconds between announcements when nothing changes
+    heartbeat: int = 12  # seconds between announcements when nothing changes
     name: str = ""  # of a closed swarm; empty: the open one
     secret: str = field(default="", repr=False)  # of a closed swarm: whoever has it and the name is a member
 

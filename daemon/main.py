@@ -196,7 +196,7 @@ class _Daemon:
 
     def _changed(self) -> None:
         if self._connectivity is not None:
-            self._connectivity.gossip.changed()
+            self._connectivity.changed()
 
     # -- the parts, in order ----------------------------------------------------------------------------------------
 
@@ -242,6 +242,7 @@ class _Daemon:
         peers = PeerTable(has.ledger, own=self._node, clock=time.time, standing=has.trust.standing)
         await settle(has.ledger, self._membership)
         await peers.open()
+        stack.push_async_callback(peers.close)
         supervisor = Supervisor(close_s=_STOP_S)
         stack.push_async_callback(supervisor.close)
         seal_keys = SealKeys(self._node, time.time)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from registry.errors import Malformed, shown
@@ -20,9 +21,14 @@ MAX_URL = 2048
 MAX_BASE_URL = 256
 MAX_RELAYS = 4  # nodes that carry for one node
 
+# Checks that passed and are not made again: every node says the same address in each of its beats.
+_PASSED = 8192
+
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _NUMERIC_LABEL = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label like this makes the whole an IPv4 address (WHATWG URL, 3.5)
+_DECIMAL_BYTE = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_IPV4 = re.compile(rf"{_DECIMAL_BYTE}(?:\.{_DECIMAL_BYTE}){{3}}")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _URL_CHARACTERS = re.compile(r"[A-Za-z0-9._~:/?\[\]@!$&'()*+,;=%-]+")  # RFC 3986 less the fragment
 _PEER_ID = re.compile(r"(12D3KooW|16Uiu2HA|Qm)[1-9A-HJ-NP-Za-km-z]{40,48}|k[0-9a-z]{50,64}|bafzaaj[a-z2-7]{40,70}")
@@ -51,6 +57,7 @@ def port(text: str) -> int:
     return int(text)
 
 
+@lru_cache(_PASSED)
 def host_port(text: str) -> str:
     """`host:port` in one spelling; IPv6 in brackets."""
     name, colon, number = text.rpartition(":")
@@ -84,6 +91,7 @@ def http_url(text: str) -> str:
     return text
 
 
+@lru_cache(_PASSED)
 def base_url(text: str) -> str:
     """An http URL that paths are appended to: no query, no trailing slash."""
     url = http_url(text)
@@ -92,6 +100,7 @@ def base_url(text: str) -> str:
     return url.rstrip("/")
 
 
+@lru_cache(_PASSED)
 def peer_id(text: str) -> str:
     """A libp2p peer id in base58 or as a CID; that it is a key is checked by whoever dials it."""
     if not _PEER_ID.fullmatch(text):
@@ -99,6 +108,7 @@ def peer_id(text: str) -> str:
     return text
 
 
+@lru_cache(_PASSED)
 def multiaddr(text: str) -> str:
     """A full multiaddr: a network address first, `/p2p/ID` last. Transports between them are free, so that new ones fit in."""
     if len(text) > MAX_MULTIADDR or not text.startswith("/"):
@@ -124,6 +134,7 @@ def peer_of(address: str) -> str:
     return address.rpartition("/")[2]
 
 
+@lru_cache(_PASSED)
 def relay_point(text: str) -> str:
     """`<64 hex of the relay's node key>@ENDPOINT`, where ENDPOINT is the base URL of its peer API or a full multiaddr."""
     key, at, endpoint = text.partition("@")
@@ -143,6 +154,8 @@ def relay_address(point: str) -> Address:
 
 
 def _ip(text: str, version: int) -> str:
+    if version == 4 and _IPV4.fullmatch(text):
+        return text
     try:
         address = ipaddress.IPv4Address(text) if version == 4 else ipaddress.IPv6Address(text)
     except ValueError:

@@ -13,8 +13,10 @@ Whether the key is to be trusted is decided elsewhere (registry/trust.py), never
 from __future__ import annotations
 
 import base64
+import binascii
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
@@ -24,6 +26,7 @@ from registry import strictjson
 from registry.errors import CouldNotCheck, Malformed, NotVerified, shown
 
 MAX_SIGNATURES = 8
+_KEYS_KEPT = 4096  # whoever speaks, speaks again
 KEY = re.compile(r"ed25519:[0-9a-f]{64}")
 
 # The y coordinates of the points of small order: anybody can sign for such a "key".
@@ -111,21 +114,25 @@ def _check(signature: Any, message: bytes) -> str:
     key = signature["keyid"]
     if not key.startswith("ed25519:"):
         raise CouldNotCheck(f"unknown kind of key {shown(key)}")
-    public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(check_key(key)[8:]))
     try:
-        public.verify(_decode(signature["sig"], "sig"), message)
+        _public(key).verify(_decode(signature["sig"], "sig"), message)
     except InvalidSignature:
         raise NotVerified(f"the signature by {key[:16]}.. is wrong") from None
     return key
+
+
+@lru_cache(_KEYS_KEPT)
+def _public(name: str) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(bytes.fromhex(check_key(name)[8:]))
 
 
 def _decode(text: Any, what: str) -> bytes:
     if not isinstance(text, str):
         raise Malformed(f"{what} must be text")
     try:
-        binary = base64.b64decode(text, validate=True)
+        binary = binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
         raise Malformed(f"{what} is not base64") from None
-    if base64.b64encode(binary).decode() != text:
+    if binascii.b2a_base64(binary, newline=False).decode() != text:
         raise Malformed(f"{what} is not base64 in its one spelling")
     return binary

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from registry import endpoints, strictjson
@@ -28,6 +29,7 @@ MAX_SIZE = 1 << 45  # bytes of one model
 MAX_PARAMETERS = 1 << 50
 MAX_CONTEXT = 1 << 30
 
+_CHECKED = 8192  # names and CIDs that are remembered as right: many nodes say the same ones
 _HEX40 = re.compile(r"[0-9a-f]{40}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-6][0-9](\.[0-9]{1,6})?(Z|\+00:00)")
@@ -49,6 +51,7 @@ class Manifest:
     created: str  # ISO 8601, UTC
 
 
+@lru_cache(_CHECKED)
 def display_name(text: str) -> str:
     """`text` as a name that is safe to show and to type: one line, no control, bidi or zero-width characters, no path separators.
 
@@ -133,7 +136,7 @@ def hex64(fields: dict[str, Any], name: str) -> str:
 
 def canonical_cid(fields: dict[str, Any], name: str) -> str:
     value = text(fields, name)
-    if parse_cid(value).canonical != value:
+    if not _is_canonical_cid(value):
         raise Malformed(f"{name} is not in the one spelling of CIDs")
     return value
 
@@ -143,6 +146,11 @@ def whole(fields: dict[str, Any], name: str, least: int, most: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise Malformed(f"{name} must be a whole number from {least} to {most}")
     return value
+
+
+@lru_cache(_CHECKED)
+def _is_canonical_cid(value: str) -> bool:
+    return parse_cid(value).canonical == value
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------------
@@ -203,6 +211,8 @@ def _clean(value: str, limit: int) -> str:
     """One line of visible text: NFC, runs of white space become one space, control, format and private characters vanish."""
     # Cutting first bounds the work; normalising may join characters, never the other way round a second time.
     spaced = re.sub(r"\s+", " ", value[: 4 * limit])
+    if spaced.isascii() and spaced.isprintable():
+        return spaced.strip()[:limit].strip()
     seen = (c for c in unicodedata.normalize("NFC", spaced) if unicodedata.category(c) not in _UNSEEN and c not in _INVISIBLE)
     return unicodedata.normalize("NFC", re.sub(r" +", " ", "".join(seen)).strip()[:limit]).strip()
 

@@ -40,3 +40,13 @@ def m001_tables(db: Database) -> None:
 @ledger()
 def m002_relays(db: Database) -> None:
     db.table("peers").add_column("relay", int, not_null_default=0)
+
+
+@ledger()
+def m003_pages(db: Database) -> None:
+    """Pages are kept as they were signed; what was announced in the old form is announced anew."""
+    db.table("offers").drop()
+    db.table("peers").add_column("revisions", str, not_null_default="[]")
+    db.table("pages").create(
+        {"node": str, "page": int, "revision": int, "expires": int, "envelope": bytes}, pk=("node", "page")
+    )

@@ -96,24 +96,27 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """One page of what a node says about itself (see registry/announcement.py for what is accepted)."""
+    """What a node says about itself: a beat, or a page with offers (see registry/announcement.py).
+
+    `revisions` names, for each page that the node has, the sequence number of the announcement that said it last.
+    """
 
     node: str
     peer_id: str | None
-    sequence: int  # strictly increasing per node, over all pages
+    sequence: int  # strictly increasing per node, over all that it says
     expires: int  # unix seconds
     address: Address
     seal_keys: tuple[SealKey, ...]
-    offers: tuple[Offer, ...]
-    page: int = 0
-    pages: int = 1
+    offers: tuple[Offer, ...] = ()
+    page: int | None = None  # None: a beat, which has no offers
+    revisions: tuple[int, ...] = ()
     hello: bool = False  # the sender is new and wants to be answered
     relay: bool = False  # the sender carries for nodes that ask it to
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """What is kept about another node."""
+    """What the newest announcement of another node says about it."""
 
     node: str
     peer_id: str | None
@@ -122,3 +125,4 @@ class Peer:
     expires: int
     seal_keys: tuple[SealKey, ...] = field(default=())
     relay: bool = False  # it carries for nodes that ask it to
+    revisions: tuple[int, ...] = ()

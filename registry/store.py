@@ -1,8 +1,9 @@
 """The ledger: what this node knows, in one SQLite file that it can lose.
 
 Its truth about models is the store on disk, which can tell everything here again; peers come back by themselves. One thread
-owns a `Ledger`. Every method is one transaction: it happens whole or, with a full disk or a kill, not at all. The tables
-that strangers fill are bounded. Rows become records, and records rows, in this file only.
+owns a `Ledger`. Every method is one transaction: it happens whole or, with a full disk or a kill, not at all. What is known of
+other nodes mirrors the table of peers (daemon/gossip/peers.py), whose bounds are its bounds. Rows become records, and records
+rows, in this file only.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +20,9 @@ from typing import Any, cast
 from sqlite_utils import Database
 
 from registry import migrations
-from registry.announcement import MAX_PAGES
-from registry.records import Address, GgufFacts, Identity, Model, Offer, Peer, SealKey
+from registry.records import Address, GgufFacts, Identity, Model, Peer, SealKey
 from registry.trust import KeyState
 
-MAX_PEERS = 2000
-MAX_OFFERS_PER_NODE = 512
 MAX_TRANSFERS = 500  # ended ones that are remembered
 _BUSY_S = 5.0
 _CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -46,6 +44,17 @@ class TransferRow:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredPage:
+    """A page of another node in its envelope; it lived until `expires` (unix seconds) when it was written down."""
+
+    node: str
+    page: int
+    revision: int
+    expires: int
+    envelope: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class KeyRow:
     """The operator's word about a key (`ed25519:<hex>`); `name` is what the operator calls it."""
 
@@ -61,9 +70,7 @@ class Ledger:
     `sqlite3.Error` and `OSError` as they come (a locked file, a full disk, no permission).
     """
 
-    def __init__(self, path: Path, *, max_peers: int = MAX_PEERS, max_offers: int = MAX_OFFERS_PER_NODE) -> None:
-        self._max_peers = max_peers
-        self._max_offers = max_offers
+    def __init__(self, path: Path) -> None:
         self.moved_aside: Path | None = None
         try:
             self._db = _open(path)
@@ -114,49 +121,37 @@ class Ledger:
             replace=True,
         )
 
-    # -- peers and offers -------------------------------------------------------------------------------------------
+    # -- peers and pages --------------------------------------------------------------------------------------------
 
     def peers(self) -> list[Peer]:
         """All peers, expired ones included: their sequence numbers keep replays out."""
         return [_peer(row) for row in self._db.table("peers").rows_where(order_by="node")]
 
-    def save_peer(self, peer: Peer, page: int, offers: Sequence[Offer], pages: int = MAX_PAGES) -> None:
-        """What one accepted page says: its offers take the place of those that this page, or a page it no longer has, held before.
+    def save_peers(
+        self, peers: Iterable[Peer], pages: Iterable[StoredPage], *, gone: Iterable[str] = ()
+    ) -> None:
+        """Mirror the table of peers: these words and pages are new, those nodes have left it.
 
-        Beyond the bounds the peers that expire first go, but never one whose key the operator trusts; of one node's offers the
-        last pages go.
+        Pages of a node whose newest word names fewer pages go; so do pages of nodes that are not known.
         """
         with self._db.atomic():
-            self._db.table("peers").insert(_peer_row(peer), replace=True)
-            table = self._db.table("offers")
-            table.delete_where("node = ? and (page = ? or page >= ?)", [peer.node, page, pages])
-            table.insert_all((_offer_row(offer, page, peer.expires) for offer in offers), replace=True)
-            table.delete_where(
-                "node = :node and cid in (select cid from offers where node = :node order by page, rowid limit -1 offset :most)",
-                {"node": peer.node, "most": self._max_offers},
-            )
-            self._evict_peers()
+            for node in gone:
+                self._db.table("peers").delete_where("node = ?", [node])
+            for peer in peers:
+                self._db.table("peers").insert(_peer_row(peer), replace=True)
+                self._db.table("pages").delete_where("node = ? and page >= ?", [peer.node, len(peer.revisions)])
+            self._db.table("pages").insert_all((asdict(page) for page in pages), replace=True)
+            self._db.table("pages").delete_where("node not in (select node from peers)")
 
     def forget_peers(self, expired_before: int) -> None:
-        """Drop peers, with their offers, and single offers that expired before that time (unix seconds)."""
+        """Drop peers, with their pages, that expired before that time (unix seconds)."""
         with self._db.atomic():
             self._db.table("peers").delete_where("expires < ?", [expired_before])
-            self._db.table("offers").delete_where("expires < ? or node not in (select node from peers)", [expired_before])
+            self._db.table("pages").delete_where("node not in (select node from peers)")
 
-    def offers(self, now: int) -> list[Offer]:
-        """The offers that have not expired."""
-        return [_offer(row) for row in self._db.table("offers").rows_where("expires > ?", [now], order_by="node, page, rowid")]
-
-    def _evict_peers(self) -> None:
-        excess = self._db.table("peers").count - self._max_peers
-        if excess <= 0:
-            return
-        self._db.table("peers").delete_where(
-            "node in (select node from peers where node not in (select key from trusted_keys where state = 'trusted')"
-            " order by expires, node limit ?)",
-            [excess],
-        )
-        self._db.table("offers").delete_where("node not in (select node from peers)")
+    def pages(self) -> list[StoredPage]:
+        """The pages of all peers, in order."""
+        return [StoredPage(**row) for row in self._db.table("pages").rows_where(order_by="node, page")]
 
     # -- transfers --------------------------------------------------------------------------------------------------
 
@@ -292,6 +287,7 @@ def _peer_row(peer: Peer) -> Row:
         "expires": peer.expires,
         "seal_keys": json.dumps([(key.key_id, key.public, key.expires) for key in peer.seal_keys]),
         "relay": int(peer.relay),
+        "revisions": json.dumps(peer.revisions),
     }
 
 
@@ -305,13 +301,5 @@ def _peer(row: Row) -> Peer:
         expires=row["expires"],
         seal_keys=tuple(SealKey(*key) for key in json.loads(row["seal_keys"])),
         relay=bool(row["relay"]),
+        revisions=tuple(json.loads(row["revisions"])),
     )
-
-
-def _offer_row(offer: Offer, page: int, expires: int) -> Row:
-    return {**asdict(offer), "page": page, "expires": expires}
-
-
-def _offer(row: Row) -> Offer:
-    fields = {field: row[field] for field in Offer.__dataclass_fields__}
-    return Offer(**{**fields, "serving": bool(fields["serving"])})

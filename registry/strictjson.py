@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
 from registry.errors import Malformed
 
 MAX_DEPTH = 64  # a JSON schema takes two for each of its own levels
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+# Made once: json.dumps makes a new one for each call with settings of its own.
+_SORTED, _AS_IT_IS = (
+    json.JSONEncoder(sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    for sort_keys in (True, False)
+)
+
 
 def dumps(value: Any, *, sort_keys: bool = True) -> bytes:
     """Compact UTF-8, with sorted keys so that equal values are equal bytes; not sorted where the order says something (schemas)."""
-    return json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return (_SORTED if sort_keys else _AS_IT_IS).encode(value).encode()
 
 
 def loads(data: bytes, *, limit: int, what: str) -> Any:
@@ -20,12 +29,16 @@ def loads(data: bytes, *, limit: int, what: str) -> Any:
     if len(data) > limit:
         raise Malformed(f"{what} has {len(data)} bytes, more than {limit}")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
-        # A lone surrogate written as \ud800 passes the parser and cannot be encoded again.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        text = data.decode("utf-8")
+        value = _DECODER.decode(text)
+        if _SURROGATE.search(text):
+            # A lone surrogate written as \\ud800 passes the parser and cannot be encoded again.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         raise Malformed(f"{what} is not strict JSON") from None
-    _check_depth(value, what)
+    # With fewer brackets than that nothing can be nested too deeply.
+    if text.count("[") + text.count("{") >= MAX_DEPTH:
+        _check_depth(value, what)
     return value
 
 
@@ -38,6 +51,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
+
+
+# Made once, as above.
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
 
 
 def _check_depth(value: Any, what: str) -> None:

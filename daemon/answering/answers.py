@@ -188,7 +188,9 @@ class Answers:
         if model is None:
             held = [offer for offer in held if offer.cid not in local or local[offer.cid].usable]
         try:
-            found = routing.candidates(self._table.offers(), wanted=model, local=held, stats=self._table.stats())
+            table = self._table
+            offers = table.offers() if model is None else table.offers_about(model, held)
+            found = routing.candidates(offers, wanted=model, local=held, stats=table.stats())
         except AmbiguousRef as error:
             told = ", ".join(codes.told_apart(error.candidates))
             raise Ambiguous(str(model), f"means {len(error.candidates)} models: {told}", "use a longer code or the CID") from error

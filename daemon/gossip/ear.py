@@ -21,27 +21,35 @@ REFUSALS = (Malformed, NotVerified, Stale, Refused, Busy)  # what is wrong with 
 
 class Ear:
     """`greet` is called when a node is new here, or says hello; it wants to hear of us. `pass_on` takes what a node without
-    IPFS said, for those whom only pubsub reaches.
+    IPFS said, for those whom only pubsub reaches. `behind` is called when a page of a node is missing here.
     """
 
     def __init__(
-        self, table: PeerTable, *, greet: Callable[[], None], pass_on: Callable[[bytes], None]
+        self,
+        table: PeerTable,
+        *,
+        greet: Callable[[], None],
+        pass_on: Callable[[bytes], None],
+        behind: Callable[[], None],
     ) -> None:
         self.heard: set[str] = set()  # nodes that said something since the start, or since IPFS came back
         self._table = table
         self._greet = greet
         self._pass_on = pass_on
+        self._behind = behind
         self._refusal = ""
         self._dated_wrong: deque[bool] = deque(maxlen=_JUDGED)  # of the last announcements
 
     async def receive(self, envelope: bytes) -> Announcement:
         """Believe an announcement if it holds. Raises `Malformed`, `NotVerified`, `Stale`, `Refused` or `Busy`."""
         try:
-            said = await self._table.accept(envelope)
+            said = self._table.accept(envelope)
         except REFUSALS as error:
             self._note(error)
             raise
         self._dated_wrong.append(False)
+        if self._table.is_behind(said.node):
+            self._behind()
         new = said.node not in self.heard
         self.heard.add(said.node)
         if new or said.hello:

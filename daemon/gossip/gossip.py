@@ -1,13 +1,13 @@
 """The gossip of a node: its own pages, its ear, its pace, and the transports that carry what it says.
 
-Whatever changes outdates the pages and hurries the pace; one loop says them over every transport. Close it before IPFS is stopped.
+Whatever changes outdates the pages and hurries the pace; one loop says what is new over every transport. Close it before IPFS is stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 import aiohttp
 
@@ -21,6 +21,7 @@ from daemon.gossip.pages import OwnPages
 from daemon.gossip.peers import PeerTable
 from daemon.gossip.pubsub import Pubsub
 from daemon.gossip.transport import Transport
+from daemon.gossip.wants import Wants
 from daemon.ipfs.interface import IpfsNode
 from daemon.ledger import LedgerThread
 from daemon.membership import Membership
@@ -28,6 +29,7 @@ from daemon.peerapi.limits import Limits
 from daemon.peerapi.server import Route
 from daemon.peerapi.ways import Ways
 from daemon.supervise import Supervisor
+from registry import announcement as rules
 from registry.records import Address, Announcement, Peer
 
 _log = logging.getLogger(__name__)
@@ -54,23 +56,23 @@ class Gossip:
         limits: Limits | None = None,
     ) -> None:
         self.pages = pages
-        self.pace = Pace(heartbeat_s, lambda: len(table.peers()))
-        self.ear = Ear(table, greet=self.pace.answer, pass_on=self._pass_on)
-        self.meeting = Meeting(
-            ways,
-            http,
-            self.ear,
+        self.pace = Pace(heartbeat_s, table.count)
+        self.ear = Ear(
             table,
-            membership,
-            own_pages=self.own_pages,
-            bridge=self._with_ipfs,
+            greet=self.pace.answer,
+            pass_on=self._pass_on,
+            behind=lambda: self.wants.note(),
+        )
+        self.meeting = Meeting(
+            pages.node, ways, http, self.ear, table, membership, own_news=self.own_news
         )
         self.pubsub = Pubsub(
             self.ear,
             supervisor,
             membership,
-            on_neighbour=self._on_neighbour,
+            on_neighbour=self.pace.greet,
             on_heard=self._on_heard,
+            on_question=self._on_question,
         )
         self.joiner = Joiner(
             pages.node,
@@ -84,7 +86,6 @@ class Gossip:
             join=join,
         )
         self.http = Http(
-            pages,
             self.meeting,
             self.ear,
             table,
@@ -92,8 +93,10 @@ class Gossip:
             membership,
             joined=self.joiner.peers,
             with_ipfs=self._with_ipfs,
-            lifetime_s=lambda: self.pace.lifetime_s,
             limits=limits,
+        )
+        self.wants = Wants(
+            table, self.meeting, helpers=self.http.helpers, ask_everybody=self.pubsub.ask
         )
         self.transports: list[Transport] = [self.http, self.pubsub]
         self._table = table
@@ -105,12 +108,15 @@ class Gossip:
         await self.pages.open()
         self.pace.speak()
         self._supervisor.run("announce", self._speak_forever, restart=True)
+        self._supervisor.run("missing pages", self.wants.run_forever, restart=True)
+        self._supervisor.run("peers", self._table.mirror_forever, restart=True)
         await self.joiner.start()
 
     async def close(self) -> None:
         """Say good-bye, so that nobody asks a node that is gone. Takes at most about `FAREWELL_S`. Idempotent."""
         self.pace.close()
         await self._supervisor.stop("rejoin")
+        await self._supervisor.stop("missing pages")
         await self._supervisor.stop("announce")
         if not self.pages.said:
             return
@@ -140,8 +146,12 @@ class Gossip:
         return await self.ear.receive(envelope)
 
     async def own_pages(self) -> list[bytes]:
-        """Our signed pages as things are now."""
-        return await self.pages.current(self.pace.lifetime_s)
+        """Our newest word and our signed pages, as things are now."""
+        return await self.own_news(0, ())
+
+    async def own_news(self, heard: int, wanted: Collection[int]) -> list[bytes]:
+        """What somebody lacks of them who heard our word number `heard` and asks for the `wanted` pages."""
+        return await self.pages.news(self.pace.lifetime_s, heard, wanted)
 
     def routes(self) -> Sequence[Route]:
         return self.http.routes()
@@ -152,7 +162,8 @@ class Gossip:
         await self.pubsub.on_ipfs_ready(node)
         # Pages without our peer id would look like another node's to whoever comes over IPFS.
         self.pages.hello = True
-        self.changed()
+        self.pages.outdate()
+        self.pace.greet()
 
     async def on_ipfs_gone(self) -> None:
         """The IPFS node is gone: stop using it. Without one this does nothing."""
@@ -168,24 +179,25 @@ class Gossip:
     def _pass_on(self, envelope: bytes) -> None:
         if self._with_ipfs():
             self.pubsub.pass_on(envelope)
-            self.pace.speak()
-
-    def _on_neighbour(self) -> None:
-        self.pace.speak()
+            self.pace.greet()
 
     def _on_heard(self, said: Announcement) -> None:
         self.http.spread(said)
 
+    def _on_question(self, want: Mapping[str, Sequence[int]]) -> None:
+        self.pages.ask_for(want.get(rules.node_id(self.pages.node), ()))
+
     async def _speak_forever(self) -> None:
         while True:
-            if not await self.pace.wait():
-                await self._table.prune()
-            pages = await self.pages.renew(self.pace.lifetime_s)
-            for transport in self.transports:
+            occasion = await self.pace.wait()
+            if occasion == "heartbeat":
+                self._table.prune()
+            words = await self.pages.renew(self.pace.lifetime_s, beat=occasion != "change")
+            for transport in self.transports if words else ():
                 try:
-                    await transport.say(pages)
+                    await transport.say(words, news=occasion != "heartbeat")
                 except SwarmError as error:
                     _log.debug("%s: %s", type(transport).__name__, error)
             # A hello that nobody could hear is said again to the first neighbour.
-            self.pages.hello = not self.pubsub.neighbours
+            self.pages.hello = self._with_ipfs() and not self.pubsub.neighbours
             await asyncio.sleep(PACE_S)

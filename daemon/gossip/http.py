@@ -1,4 +1,4 @@
-"""Pages over HTTP between peer APIs: the transport for nodes that pubsub does not reach.
+"""Words over HTTP between peer APIs: the transport for nodes that pubsub does not reach.
 
 Told are the nodes that we joined; without IPFS also the last that told us, and some others, chosen by chance. Chance alone would
 leave out a node that has nobody but us, the more so the more nodes have left without a word.
@@ -19,8 +19,8 @@ from daemon.buckets import Buckets
 from daemon.errors import Busy, SwarmError, UsageError
 from daemon.gossip import exchange
 from daemon.gossip.ear import Ear
+from daemon.gossip.exchange import Words
 from daemon.gossip.meeting import Meeting
-from daemon.gossip.pages import OwnPages
 from daemon.gossip.peers import PeerTable
 from daemon.membership import Membership
 from daemon.peerapi.limits import Limits
@@ -32,16 +32,14 @@ from registry.records import Announcement, Peer
 _log = logging.getLogger(__name__)
 
 TOLD = 8  # nodes told besides the joined ones: the last that told us, and as many of the others
+TOLD_OF_NOTHING = 3  # the same for a beat
 
 
 class Http:
-    """`joined` are the nodes that a person joined, `with_ipfs` says whether pubsub can be used, `lifetime_s` how long pages
-    count.
-    """
+    """`joined` are the nodes that a person joined, `with_ipfs` says whether pubsub can be used."""
 
     def __init__(
         self,
-        pages: OwnPages,
         meeting: Meeting,
         ear: Ear,
         table: PeerTable,
@@ -50,11 +48,9 @@ class Http:
         *,
         joined: Callable[[], Iterable[Peer]],
         with_ipfs: Callable[[], bool],
-        lifetime_s: Callable[[], float],
         limits: Limits | None = None,
     ) -> None:
         limits = limits or Limits()
-        self._pages = pages
         self._meeting = meeting
         self._ear = ear
         self._table = table
@@ -62,7 +58,6 @@ class Http:
         self._membership = membership
         self._joined = joined
         self._with_ipfs = with_ipfs
-        self._lifetime_s = lifetime_s
         self._newest: Sequence[bytes] = ()
         self._tell_again: set[str] = set()
         self._told_by: deque[str] = deque(maxlen=TOLD)  # the last nodes that spoke to us themselves
@@ -76,20 +71,26 @@ class Http:
 
     # -- Transport ----------------------------------------------------------------------------------------------------
 
-    async def say(self, pages: Sequence[bytes]) -> None:
-        self._newest = pages
-        for peer in self._told():
+    async def say(self, words: Sequence[bytes], *, news: bool) -> None:
+        self._newest = words
+        for peer in self._told(TOLD if news else TOLD_OF_NOTHING):
             self._tell(peer)
 
-    async def farewell(self, pages: Sequence[bytes]) -> None:
-        words = (self._meeting.tell(peer, pages) for peer in self._told())
-        await asyncio.gather(*words, return_exceptions=True)
+    async def farewell(self, words: Sequence[bytes]) -> None:
+        told = (self._meeting.bid_farewell(peer, words) for peer in self._told(TOLD))
+        await asyncio.gather(*told, return_exceptions=True)
 
     def spread(self, said: Announcement) -> None:
-        """Somebody was heard over pubsub: tell those that pubsub does not reach."""
-        without = [peer for peer in self._table.peers() if peer.peer_id is None]
-        for peer in [peer for peer in without if _can_be_told(peer)][:TOLD]:
+        """Somebody said something new over pubsub: tell those that pubsub does not reach. A beat can wait for our own."""
+        if said.page is None and said.revisions:
+            return
+        without = [peer for peer in self._table.without_ipfs() if _can_be_told(peer)]
+        for peer in self._random.sample(without, min(TOLD, len(without))):
             self._tell(peer)
+
+    def helpers(self) -> list[Peer]:
+        """Nodes that can be asked about others."""
+        return self._told(TOLD)
 
     # -- what others ask ----------------------------------------------------------------------------------------------
 
@@ -104,34 +105,33 @@ class Http:
         limit = exchange.BODY_LIMIT + self._membership.overhead
         data = await read_body(request, limit, kind)
         try:
-            envelopes = exchange.parse(data, exchange.BROUGHT, self._membership)
+            brought = exchange.parse(data, exchange.BROUGHT, self._membership)
         except (Malformed, NotVerified) as error:
             raise UsageError("announcements", str(error)) from error
-        if not self._envelopes.take(source, cost=len(envelopes)):
+        if not self._envelopes.take(source, cost=len(brought.envelopes)):
             raise Busy("announcements", "they are too many", "slow down")
-        given = await self.exchange(envelopes)
+        given = await self.exchange(brought)
         answer = exchange.body(given, exchange.GIVEN, self._membership)
         return web.Response(body=answer, content_type=kind)
 
-    async def exchange(self, envelopes: Sequence[bytes]) -> list[bytes]:
-        """One exchange: take in what is right of `envelopes`, give back ours and those of the others."""
-        heard = await self._ear.take_in(envelopes)
+    async def exchange(self, brought: Words) -> Words:
+        """One exchange: take in what is right of what somebody brought, give back what they lack."""
+        heard = await self._ear.take_in(brought.envelopes)
         if heard and isinstance(heard[0], Announcement):  # whoever speaks puts itself first
             self._note_teller(heard[0].node)
-        own = await self._pages.current(self._lifetime_s())
-        return self._meeting.answer(own, envelopes)
+        return await self._meeting.answer(brought)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _told(self) -> list[Peer]:
+    def _told(self, most: int) -> list[Peer]:
         reached_otherwise = self._with_ipfs()
         known = {
             peer.node: peer
             for peer in self._table.peers()
             if _can_be_told(peer) and not (reached_otherwise and peer.peer_id is not None)
         }
-        told_by = [known[node] for node in self._told_by if node in known]
-        others = self._random.sample(list(known.values()), min(TOLD, len(known)))
+        told_by = [known[node] for node in self._told_by if node in known][-most:]
+        others = self._random.sample(list(known.values()), min(most, len(known)))
         return list({peer.node: peer for peer in [*self._joined(), *told_by, *others]}.values())
 
     def _note_teller(self, node: str) -> None:

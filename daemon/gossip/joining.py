@@ -79,6 +79,8 @@ class Joiner:
         self._joined = {address.node: address for address in map(parse_address, json.loads(stored or "[]"))}
         for address in [*self._settings, *self._joined.values()]:
             if address.node != self._own:
+                if address.node:  # else it is known when the node is met
+                    self._table.keep(address.node)
                 self._contacts[format_address(address)] = _Contact(address)
         self._supervisor.run("rejoin", self._rejoin_forever, restart=True)
 
@@ -90,7 +92,9 @@ class Joiner:
         address = replace(address, node=peer.node)
         self._joined[peer.node] = address
         while len(self._joined) > JOINED_LIMIT:
-            del self._joined[next(iter(self._joined))]
+            oldest = next(iter(self._joined))
+            del self._joined[oldest]
+            self._table.release(oldest)
         await self._ledger.call(Ledger.set_meta, JOINED, json.dumps([format_address(one) for one in self._joined.values()]))
         self._contacts[format_address(address)] = _Contact(address)
         return peer
@@ -103,13 +107,15 @@ class Joiner:
             found.append(self._table.peer(node) or Peer(node, None, contact.address, 0, 0))
         return found
 
-    async def _meet(self, address: Address) -> Peer:
-        """Connect over every part that both nodes have. Raises `Unserved` or `VerificationError` when none works."""
+    async def _meet(self, address: Address, *, joined: bool = True) -> Peer:
+        """Connect over every part that both nodes have; who was not `joined` has no place of its own in the table.
+
+        Raises `Unserved` or `VerificationError` when none works."""
         ways: dict[str, Awaitable[Peer]] = {}
         if address.http or address.relays:
-            ways["HTTP"] = self._meeting.meet(replace(address, ipfs=()))
+            ways["HTTP"] = self._meeting.meet(replace(address, ipfs=()), joined=joined)
         if address.ipfs:
-            ways["IPFS"] = self._over_ipfs(address)
+            ways["IPFS"] = self._over_ipfs(address, joined=joined)
         if not ways:
             why = "the address has no part that this node can reach"
             raise Unserved("join", why, "copy it from the other node's status again")
@@ -140,7 +146,7 @@ class Joiner:
             raise VerificationError("join", told, "check the address with whoever gave it")
         raise Unserved("join", told, "check that the other node runs and that its address is current")
 
-    async def _over_ipfs(self, address: Address) -> Peer:
+    async def _over_ipfs(self, address: Address, *, joined: bool) -> Peer:
         ipfs = await self._ipfs()
         if ipfs is None:
             raise Unserved("peer", "IPFS is not running here")
@@ -148,7 +154,7 @@ class Joiner:
         await reach(ipfs, peer_id, address.ipfs)
         async with ipfs.dial(self._membership.protocol, peer_id) as (host, port):
             way = Way(f"http://{host}:{port}", node=address.node)
-            peer = await self._meeting.over(way, address.node)
+            peer = await self._meeting.over(way, address.node, joined=joined)
         if peer.peer_id != peer_id:
             raise VerificationError("peer", "another node answers there")
         return peer
@@ -161,7 +167,7 @@ class Joiner:
             await asyncio.gather(*(self._try(contact) for contact in due))
             if not self._ear.heard and alone.due <= now:
                 old = [peer.address for peer in self._table.remembered()[:OLD_FRIENDS]]
-                await asyncio.gather(*(self._try(_Contact(address)) for address in old))
+                await asyncio.gather(*(self._try(_Contact(address), joined=False) for address in old))
                 alone.due, alone.pause = now + alone.pause, min(2 * alone.pause, LONGEST_PAUSE_S)
             elif self._ear.heard:
                 alone.pause = FIRST_PAUSE_S
@@ -169,16 +175,14 @@ class Joiner:
 
     def _away(self, contact: _Contact) -> bool:
         node = contact.address.node
-        peer = self._table.peer(node)
-        live = peer is not None and any(one is peer for one in self._table.peers())
-        return not live or node not in self._ear.heard
+        return not self._table.alive(node) or node not in self._ear.heard
 
-    async def _try(self, contact: _Contact) -> None:
+    async def _try(self, contact: _Contact, *, joined: bool = True) -> None:
         address = contact.address
         if not address.ipfs and not address.http and not address.relays:
             return
         try:
-            peer = await self._meet(address)
+            peer = await self._meet(address, joined=joined)
         except SwarmError as error:
             _log.info("a known node cannot be reached: %s", error)
             contact.due, contact.pause = time.monotonic() + contact.pause, min(2 * contact.pause, LONGEST_PAUSE_S)

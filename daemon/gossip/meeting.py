@@ -1,82 +1,119 @@
-"""Meeting another node over its peer API: our pages for its own and those of the others that it knows."""
+"""Meeting another node over its peer API: each gives what the other lacks, of itself and of everybody that it knows."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import aiohttp
 
 from daemon.errors import Unserved, VerificationError
 from daemon.gossip import exchange
 from daemon.gossip.ear import Ear
+from daemon.gossip.exchange import Words
 from daemon.gossip.peers import PeerTable
 from daemon.membership import Membership
 from daemon.peerapi.ways import CONNECT_S, Way, Ways
+from registry import announcement as rules
 from registry.records import Address, Peer
 
 
 class Meeting:
-    """`own_pages` gives our signed pages; `bridge` says whether the others' pages are passed on to whom we meet."""
+    """`own` is our node key; `own_news` gives our signed words that somebody lacks, see `OwnPages.news`."""
 
     def __init__(
         self,
+        own: str,
         ways: Ways,
         http: aiohttp.ClientSession,
         ear: Ear,
         table: PeerTable,
         membership: Membership,
         *,
-        own_pages: Callable[[], Awaitable[Sequence[bytes]]],
-        bridge: Callable[[], bool],
+        own_news: Callable[[int, Collection[int]], Awaitable[list[bytes]]],
     ) -> None:
+        self._own_id = rules.node_id(own)
         self._ways = ways
         self._http = http
         self._ear = ear
         self._table = table
         self._membership = membership
-        self._own_pages = own_pages
-        self._bridge = bridge
+        self._own_news = own_news
         self._random = random.Random()
 
-    async def meet(self, address: Address, *, deadline_s: float = CONNECT_S) -> Peer:
-        """The node at an address that a person gave, or that was met before.
+    async def meet(
+        self,
+        address: Address,
+        *,
+        joined: bool = False,
+        codes: Sequence[str] = (),
+        deadline_s: float = CONNECT_S,
+    ) -> Peer:
+        """The node at an address that a person gave, or that was met before; one that was `joined` finds a place for ever.
 
+        It is asked first of all for who offers a model with one of the short `codes`, at most `exchange.MAX_CODES`.
         Raises `Unserved` with each way that failed, `VerificationError` when another node answers.
         """
         async with self._ways.to_address(address, deadline_s=deadline_s) as way:
-            return await self.over(way, address.node)
+            return await self.over(way, address.node, joined=joined, codes=codes)
 
-    async def over(self, way: Way, node: str) -> Peer:
+    async def over(
+        self, way: Way, node: str, *, joined: bool = False, codes: Sequence[str] = ()
+    ) -> Peer:
         """The node at the end of a way; `node` is the key that is expected there, empty when it is not known."""
-        envelopes = await self._post(way, await self._own_pages())
-        if not envelopes:
+        answer = await self._post(way, self._asking(await self._own_news(0, ()), codes))
+        if not answer.envelopes:
             raise Unserved("peer", "it says nothing about itself")
-        said = exchange.speaker(envelopes[0])
+        said = exchange.speaker(answer.envelopes[0])
         if node and said.node != node:
             raise VerificationError("peer", "another node answers there")
-        heard = await self._ear.take_in(envelopes)
+        newly = joined and self._table.keep(said.node)
+        heard = await self._ear.take_in(answer.envelopes)
         peer = self._table.peer(said.node)
         if peer is None:
+            if newly:
+                self._table.release(said.node)
             raise Unserved("peer", str(heard[0]))
+        await self._give(way, answer)
         return peer
 
-    async def tell(self, peer: Peer, pages: Sequence[bytes]) -> None:
-        """Give our pages to a node that is known, and take in what it gives. Raises `Unserved` or `VerificationError`."""
-        # A node without IPFS depends on those that pass on to it what pubsub says.
-        others = self._table.envelopes() if self._bridge() else {}
-        said = exchange.chosen(pages, others, shuffle=self._random)
+    async def tell(self, peer: Peer, words: Sequence[bytes]) -> None:
+        """Give our words to a node that is known, and each what the other lacks. Raises `Unserved` or `VerificationError`."""
         async with self._ways.to(peer) as way:
-            await self._ear.take_in(await self._post(way, said))
+            answer = await self._post(way, self._asking(words))
+            await self._ear.take_in(answer.envelopes)
+            await self._give(way, answer)
 
-    async def _post(self, way: Way, envelopes: Sequence[bytes]) -> list[bytes]:
-        return await exchange.post(self._http, way, envelopes, self._membership)
+    async def bid_farewell(self, peer: Peer, words: Sequence[bytes]) -> None:
+        """Give our words and ask nothing. Raises as `tell` does."""
+        async with self._ways.to(peer) as way:
+            await self._post(way, Words(words))
 
-    def answer(self, own: Sequence[bytes], brought: Sequence[bytes]) -> list[bytes]:
-        """What is given to somebody who brought `brought`: our pages, then those of the others, none that it has."""
-        known = set(brought)
-        others = {
-            node: [page for page in pages if page not in known]
-            for node, pages in self._table.envelopes().items()
-        }
-        return exchange.chosen(own, others, shuffle=self._random)
+    async def answer(self, brought: Words) -> Words:
+        """What is given to somebody who brought these words: what they lack of us and of the others, and what we lack."""
+        if brought.have is None:
+            return Words()
+        return self._asking(await self._lacked(brought))
+
+    async def _post(self, way: Way, words: Words) -> Words:
+        return await exchange.post(self._http, way, words, self._membership)
+
+    def _asking(self, words: Sequence[bytes], codes: Sequence[str] = ()) -> Words:
+        return Words(words, self._table.have(), self._table.want(exchange.MAX_WANT), codes)
+
+    async def _give(self, way: Way, answer: Words) -> None:
+        """What the other lacks after it has answered, if anything."""
+        if answer.have is None:
+            return
+        lacked = await self._lacked(answer, own_too=self._own_id in answer.want)
+        if lacked:
+            await self._post(way, Words(lacked))
+
+    async def _lacked(self, words: Words, *, own_too: bool = True) -> list[bytes]:
+        have = words.have or {}
+        own: list[bytes] = []
+        if own_too:
+            own = await self._own_news(have.get(self._own_id, 0), words.want.get(self._own_id, ()))
+        others = self._table.news(have, words.want)
+        sought = self._table.pages_with(words.codes)
+        return exchange.chosen(own, others, sought=sought, shuffle=self._random)

@@ -1,39 +1,80 @@
 """What is known of the other nodes: their addresses, keys and offers, in memory, and in the ledger over restarts.
 
-- A newer page replaces the page of that number; pages beyond the number that the node has now are dropped.
-- Offers live as long as their announcement. The node and its sequence number are kept for a week: its address is a way
-  back into the swarm, and the number keeps old announcements from being believed again.
-- The table is bounded. When it is full, a newcomer takes the place of a node that has expired, else it is refused: many
-  invented nodes cannot push out those that are there. Trusted nodes always find a place and never lose it.
+- The newest word of a node says how it is reached and which pages it has. A page lives on when a newer word names it at the
+  revision that is held, keeps the time it had when another revision is named, and goes at once when it is not named any more.
+- The node and its sequence number are kept for a week: its address is a way back into the swarm, and the number keeps old
+  announcements from being believed again.
+- The table is bounded, in nodes and in offers, by one rule. Trusted nodes, and those that a person joined, always find a place
+  and never lose it. For anybody else, when it is full, the node that expired first makes room; when none has, the one heard
+  longest ago of those that never answered a question well - if it has been silent for a while, so that many invented nodes
+  cannot push out those that speak. When there is none, the newcomer is refused.
+- The ledger mirrors the table, a moment behind. After a crash nothing is believed that was signed before the start: it may have
+  been heard in that moment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import asyncio
+import heapq
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from daemon.errors import Busy, Refused
 from daemon.ledger import LedgerThread
 from registry import announcement as rules
+from registry.catalogue import Catalogue
+from registry.errors import Malformed, NotVerified, Repeated
 from registry.records import Announcement, Offer, Peer
 from registry.routing import Stats
-from registry.store import Ledger
+from registry.store import Ledger, StoredPage
 
 Standing = Literal["trusted", "blocked"]
 
-PEERS_LIMIT = 1024  # nodes
-OFFERS_LIMIT = 16_384  # over all nodes
+PEERS_LIMIT = 4096  # nodes
+OFFERS_LIMIT = 32_768  # over all nodes
 REMEMBER_S = 7 * 24 * 3600  # a silent node is forgotten after this
+SILENT_S = 15  # a node that was heard later than this keeps its place; above the shortest heartbeat
+MIRROR_S = 2.0  # how far the ledger may be behind
+_COUNTED_S = 1  # how old the number of live nodes may be
 _LATENCY_WEIGHT = 0.3  # of the newest measurement
 _QUESTIONS_COUNTED = 32
+_OPEN = "peers.open"  # whether the ledger may be behind the table
 
 
-@dataclass(frozen=True, slots=True)
 class _Page:
-    expires: int
-    offers: tuple[Offer, ...]
-    envelope: bytes | None  # None when it comes from the ledger
+    __slots__ = ("envelope", "expires", "look_at", "offers", "revision")
+
+    def __init__(
+        self, revision: int, expires: int, offers: tuple[Offer, ...], envelope: bytes
+    ) -> None:
+        self.revision = revision
+        self.expires = expires
+        self.offers = offers
+        self.envelope = envelope
+        self.look_at = expires  # when it is looked at again, see `_sweep`
+
+
+class _Entry:
+    """What is held of one node. `head` is its newest word, None until it was heard since the start."""
+
+    __slots__ = ("head", "heard", "pages", "peer")
+
+    def __init__(self, peer: Peer, head: bytes | None, heard: float) -> None:
+        self.peer = peer
+        self.head = head
+        self.heard = heard
+        self.pages: dict[int, _Page] = {}
+
+    def missing(self) -> tuple[int, ...]:
+        held = {number: page.revision for number, page in self.pages.items()}
+        return rules.missing(self.peer, held)
+
+    def named(self) -> Iterator[tuple[int, _Page]]:
+        """The pages that the newest word names, those with a model that is served first."""
+        revisions = self.peer.revisions
+        for number, page in sorted(self.pages.items(), key=_served_first):
+            if number < len(revisions) and revisions[number] == page.revision:
+                yield number, page
 
 
 class PeerTable:
@@ -55,84 +96,120 @@ class PeerTable:
         self._standing = standing
         self._limit = limit
         self._offers_limit = offers_limit
-        self._peers: dict[str, Peer] = {}
-        self._pages: dict[str, dict[int, _Page]] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._known: dict[str, Peer] = {}
+        self._catalogue = Catalogue()
+        self._ends: list[tuple[int, str, int]] = []  # a heap: when a page may have expired
+        self._behind: dict[str, tuple[int, ...]] = {}
+        self._without_ipfs: dict[str, None] = {}
+        self._joined: set[str] = set()
         self._stats: dict[str, Stats] = {}
+        self._floor = 0
+        self._offers: tuple[int, list[Offer]] = (-1, [])
+        self._counted = (float("-inf"), 0)
+        self._unwritten: dict[str, set[int]] = {}
+        self._gone: set[str] = set()
+        self._stale_mirror = asyncio.Event()
+        self._opened = False
+
+    # -- the ledger ---------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Take in what the ledger remembers. Call once."""
         now = int(self._clock())
+        if await self._ledger.call(Ledger.get_meta, _OPEN) == "1":
+            self._floor = now * 1000
+        await self._ledger.call(Ledger.set_meta, _OPEN, "1")
         await self._ledger.call(Ledger.forget_peers, now - REMEMBER_S)
-        for peer in (await self._ledger.call(Ledger.peers))[: self._limit]:
-            self._peers[peer.node] = peer
-        by_node: dict[str, list[Offer]] = {}
-        for offer in await self._ledger.call(Ledger.offers, now):
-            by_node.setdefault(offer.node, []).append(offer)
-        for node, offers in by_node.items():
-            if node in self._peers:
-                # Which page they stood on does not matter: the next announcement replaces them all.
-                self._pages[node] = {-1: _Page(self._peers[node].expires, tuple(offers), None)}
+        stored_peers = await self._ledger.call(Ledger.peers)
+        stored_peers.sort(key=lambda peer: (self._stays(peer.node), peer.expires), reverse=True)
+        for peer in stored_peers[: self._limit]:
+            self._entries[peer.node] = _Entry(peer, None, 0.0)
+            self._known[peer.node] = peer
+        self._gone |= {peer.node for peer in stored_peers[self._limit :]}
+        for stored in await self._ledger.call(Ledger.pages):
+            self._remember(stored, now)
+        for node in self._entries:
+            self._note_behind(node)
+        self._opened = True
 
-    async def accept(self, envelope: bytes) -> Announcement:
+    async def close(self) -> None:
+        """Write down what the ledger does not have yet. Idempotent."""
+        if self._opened:
+            self._opened = False
+            await self.mirror()
+            await self._ledger.call(Ledger.set_meta, _OPEN, "0")
+
+    async def mirror(self) -> None:
+        """Bring the ledger up to date, in one transaction."""
+        self._stale_mirror.clear()
+        unwritten, self._unwritten = self._unwritten, {}
+        gone, self._gone = self._gone, set()
+        if not unwritten and not gone:
+            return
+        entries = {node: self._entries[node] for node in unwritten if node in self._entries}
+        peers = [entry.peer for entry in entries.values()]
+        pages = [
+            StoredPage(node, number, page.revision, page.expires, page.envelope)
+            for node, entry in entries.items()
+            for number, page in entry.pages.items()
+            if number in unwritten[node]
+        ]
+        try:
+            await self._ledger.call(Ledger.save_peers, peers, pages, gone=gone - entries.keys())
+        except BaseException:
+            for node, numbers in unwritten.items():
+                self._unwritten.setdefault(node, set()).update(numbers)
+            self._gone |= gone
+            self._stale_mirror.set()
+            raise
+
+    async def mirror_forever(self) -> None:
+        """Bring the ledger up to date whenever it is behind, every `MIRROR_S` at most."""
+        while True:
+            await self._stale_mirror.wait()
+            await asyncio.sleep(MIRROR_S)
+            await self.mirror()
+
+    # -- what comes in ------------------------------------------------------------------------------------------------
+
+    def accept(self, envelope: bytes) -> Announcement:
         """Believe `envelope` if the rules of registry/announcement.py hold, and remember it.
 
         Raises `Malformed`, `NotVerified`, `Stale`; `Refused` for a blocked node and `Busy` when the table is full.
         """
         now = int(self._clock())
-        said = rules.accept(envelope, now=now, known=self._peers, own=self._own)
-        standing = self._standing(said.node)
-        if standing == "blocked":
-            raise Refused("announcement", "the node is blocked here")
-        self._make_room(said, standing, now)
-        peer = Peer(
-            said.node, said.peer_id, said.address, said.sequence, said.expires, said.seal_keys, said.relay
+        said = rules.accept(
+            envelope, now=now, known=self._known, own=self._own, floor=self._floor
         )
-        self._peers[said.node] = peer
-        pages = {
-            number: page for number, page in self._pages.get(said.node, {}).items() if 0 <= number < said.pages and page.expires > now
-        }
-        pages[said.page] = _Page(said.expires, said.offers, envelope)
-        self._pages[said.node] = pages
-        await self._ledger.call(Ledger.save_peer, peer, said.page, said.offers, said.pages)
+        if self._standing(said.node) == "blocked":
+            raise Refused("announcement", "the node is blocked here")
+        entry = self._entries.get(said.node)
+        newest = entry is None or said.sequence > entry.peer.sequence
+        if entry is not None and not newest and self._holds(entry, said):
+            raise Repeated(f"page {said.page} of the node came again")
+        self._make_room(said, now)
+        if newest:
+            self._hear(said, envelope, now)
+        if said.page is not None:
+            self._put(said.node, said.page, said.sequence, said.offers, envelope)
+        self._note_behind(said.node)
+        self._unwritten.setdefault(said.node, set())
+        self._stale_mirror.set()
         return said
 
-    def peer(self, node: str) -> Peer | None:
-        """A node that was heard of in the last week, announced now or not."""
-        return self._peers.get(node)
+    def keep(self, node: str) -> bool:
+        """A person joined this node: it always finds a place, until `release`. Whether that is new."""
+        new = node not in self._joined
+        self._joined.add(node)
+        return new
 
-    def peers(self) -> list[Peer]:
-        """Nodes whose announcement has not expired."""
-        now = self._clock()
-        return [peer for peer in self._peers.values() if peer.expires > now]
-
-    def remembered(self) -> list[Peer]:
-        """Every node of the last week, the latest heard first: ways back into the swarm."""
-        return sorted(self._peers.values(), key=lambda peer: peer.expires, reverse=True)
-
-    def offers(self) -> list[Offer]:
-        """What the other nodes offer now. A model that stands on two pages of a node is there once."""
-        found: dict[tuple[str, str], Offer] = {}
-        for pages in self._live_pages().values():
-            for page in pages:
-                found |= {(offer.node, offer.cid): offer for offer in page.offers}
-        return list(found.values())
-
-    def envelopes(self) -> dict[str, list[bytes]]:
-        """The signed pages that are in force, by node, each in its order: what may be passed on to others."""
-        found: dict[str, list[bytes]] = {}
-        for node, pages in self._live_pages().items():
-            kept = [page.envelope for page in pages if page.envelope is not None]
-            if kept:
-                found[node] = kept
-        return found
-
-    def stats(self) -> dict[str, Stats]:
-        """What asking each node was like since the start, for routing."""
-        return dict(self._stats)
+    def release(self, node: str) -> None:
+        self._joined.discard(node)
 
     def record(self, node: str, latency_s: float | None, *, ok: bool) -> None:
         """One question to `node`: seconds to its first token (None when there was none), and whether it ended well."""
-        if node not in self._peers:
+        if node not in self._entries:
             return
         old = self._stats.get(node, Stats())
         latency = old.latency_s
@@ -144,44 +221,257 @@ class PeerTable:
             successes, failures = successes // 2, failures // 2
         self._stats[node] = Stats(latency, successes, failures)
 
-    async def prune(self) -> None:
+    def prune(self) -> None:
         """Let go of what has expired; called now and then."""
         now = int(self._clock())
-        for node, pages in list(self._pages.items()):
-            live = {number: page for number, page in pages.items() if page.expires > now}
-            if live:
-                self._pages[node] = live
-            else:
-                del self._pages[node]
-        for node in [node for node, peer in self._peers.items() if peer.expires < now - REMEMBER_S]:
+        self._sweep(now)
+        for node in [node for node, peer in self._known.items() if peer.expires < now - REMEMBER_S]:
             self._forget(node)
-        await self._ledger.call(Ledger.forget_peers, now - REMEMBER_S)
 
-    def _live_pages(self) -> dict[str, list[_Page]]:
+    # -- what is known ------------------------------------------------------------------------------------------------
+
+    def peer(self, node: str) -> Peer | None:
+        """A node that was heard of in the last week, announced now or not."""
+        return self._known.get(node)
+
+    def peers(self) -> list[Peer]:
+        """Nodes whose announcement has not expired."""
         now = self._clock()
-        return {
-            node: [page for number, page in sorted(pages.items()) if page.expires > now]
-            for node, pages in self._pages.items()
-        }
+        return [peer for peer in self._known.values() if peer.expires > now]
 
-    def _make_room(self, said: Announcement, standing: Standing | None, now: int) -> None:
+    def heard(self, node: str) -> float | None:
+        """When the last new word of a node came (unix seconds); None when none has since the start."""
+        entry = self._entries.get(node)
+        return None if entry is None or entry.head is None else entry.heard
+
+    def alive(self, node: str) -> bool:
+        """Whether the announcement of a node has not expired."""
+        peer = self._known.get(node)
+        return peer is not None and peer.expires > self._clock()
+
+    def count(self) -> int:
+        """How many nodes `peers()` has, or had a moment ago."""
+        now = self._clock()
+        then, count = self._counted
+        if not then <= now < then + _COUNTED_S:
+            count = len(self.peers())
+            self._counted = (now, count)
+        return count
+
+    def without_ipfs(self) -> list[Peer]:
+        """Those of `peers()` that pubsub does not reach."""
+        return [self._known[node] for node in self._without_ipfs if self.alive(node)]
+
+    def remembered(self) -> list[Peer]:
+        """Every node of the last week, the latest heard first: ways back into the swarm."""
+        return sorted(self._known.values(), key=lambda peer: peer.expires, reverse=True)
+
+    def offers(self) -> list[Offer]:
+        """What the other nodes offer now. A model that stands on two pages of a node is there once."""
+        self._sweep(self._clock())
+        generation, offers = self._offers
+        if generation != self._catalogue.generation:
+            offers = self._catalogue.all()
+            self._offers = (self._catalogue.generation, offers)
+        return list(offers)
+
+    def offers_about(self, wanted: str, local: Iterable[Offer] = ()) -> list[Offer]:
+        """Those of `offers()` that matter for a code, CID, magnet or name, see registry/catalogue.py. Raises `Malformed`."""
+        self._sweep(self._clock())
+        return self._catalogue.about(wanted, local)
+
+    def behind(self) -> dict[str, tuple[int, ...]]:
+        """The pages that are missing of live nodes, by node."""
+        now = self._clock()
+        return {node: pages for node, pages in self._behind.items() if self._known[node].expires > now}
+
+    def is_behind(self, node: str) -> bool:
+        """Whether a page of that node is missing."""
+        return node in self._behind
+
+    def have(self) -> dict[str, int]:
+        """The sequence number of the newest word of each live node, by `rules.node_id`."""
+        return {rules.node_id(peer.node): peer.sequence for peer in self.peers()}
+
+    def want(self, most: int) -> dict[str, Sequence[int]]:
+        """The pages that are missing of at most that many live nodes, by `rules.node_id`."""
+        behind = list(self.behind().items())[:most]
+        return {rules.node_id(node): pages for node, pages in behind}
+
+    def news(
+        self, have: Mapping[str, int], want: Mapping[str, Collection[int]]
+    ) -> dict[str, list[bytes]]:
+        """The signed words of live nodes, by node, that somebody lacks: who has heard `have` (see there) and asks for `want`.
+
+        The newest word of a node comes before its pages.
+        """
+        now = self._clock()
+        found: dict[str, list[bytes]] = {}
+        for node, entry in self._entries.items():
+            if entry.head is None or entry.peer.expires <= now:
+                continue
+            name = rules.node_id(node)
+            heard, wanted = have.get(name, 0), want.get(name, ())
+            words: list[bytes] = [entry.head] if entry.peer.sequence > heard else []
+            for number, page in entry.named():
+                if page.revision > heard or number in wanted:
+                    words.append(page.envelope)
+            if words:
+                found[node] = list(dict.fromkeys(words))
+        return found
+
+    def pages_with(self, codes: Iterable[str]) -> set[bytes]:
+        """The signed pages with an offer of a model that has one of these codes, in full or their first characters."""
+        found: set[bytes] = set()
+        for code in codes:
+            for node, number in self._catalogue.pages_with(code):
+                found.add(self._entries[node].pages[number].envelope)
+        return found
+
+    def envelopes(self) -> dict[str, list[bytes]]:
+        """All that may be passed on to others, by node."""
+        return self.news({}, {})
+
+    def stats(self) -> dict[str, Stats]:
+        """What asking each node was like since the start, for routing."""
+        return dict(self._stats)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _holds(self, entry: _Entry, said: Announcement) -> bool:
+        page = entry.pages.get(-1 if said.page is None else said.page)
+        return page is not None and page.revision == said.sequence
+
+    def _hear(self, said: Announcement, envelope: bytes, now: float) -> None:
+        """The newest word of a node."""
+        node = said.node
+        peer = Peer(
+            node, said.peer_id, said.address, said.sequence, said.expires, said.seal_keys,
+            said.relay, said.revisions,
+        )  # fmt: skip
+        entry = self._entries.get(node)
+        if entry is None:
+            entry = self._entries[node] = _Entry(peer, envelope, now)
+            self._gone.discard(node)
+        entry.peer, entry.head, entry.heard = peer, envelope, now
+        self._known[node] = peer
+        if peer.peer_id is None:
+            self._without_ipfs[node] = None
+        else:
+            self._without_ipfs.pop(node, None)
+        for number in list(entry.pages):
+            page = entry.pages[number]
+            if number >= len(said.revisions):
+                self._drop(node, number)
+            elif said.revisions[number] == page.revision:
+                page.expires = said.expires
+                if page.expires < page.look_at:
+                    self._look_again(node, number, page)
+
+    def _put(
+        self, node: str, number: int, revision: int, offers: tuple[Offer, ...], envelope: bytes
+    ) -> None:
+        entry = self._entries[node]
+        expires = entry.peer.expires
+        page = entry.pages[number] = _Page(revision, expires, offers, envelope)
+        self._catalogue.put((node, number), offers)
+        self._look_again(node, number, page)
+        self._unwritten.setdefault(node, set()).add(number)
+
+    def _drop(self, node: str, number: int) -> None:
+        del self._entries[node].pages[number]
+        self._catalogue.take((node, number))
+
+    def _remember(self, stored: StoredPage, now: int) -> None:
+        """A page of the ledger, if it lives."""
+        entry = self._entries.get(stored.node)
+        if entry is None:
+            return
+        named = (*entry.peer.revisions, *[0] * rules.MAX_PAGES)[stored.page] == stored.revision
+        expires = entry.peer.expires if named else stored.expires
+        if expires <= now:
+            return
+        try:
+            offers = rules.read(stored.envelope).offers
+        except (Malformed, NotVerified):  # a damaged row is like a page that never came
+            return
+        page = _Page(stored.revision, expires, offers, stored.envelope)
+        entry.pages[stored.page] = page
+        self._catalogue.put((stored.node, stored.page), offers)
+        self._look_again(stored.node, stored.page, page)
+
+    def _note_behind(self, node: str) -> None:
+        missing = self._entries[node].missing()
+        if missing:
+            self._behind[node] = missing
+        else:
+            self._behind.pop(node, None)
+
+    def _look_again(self, node: str, number: int, page: _Page) -> None:
+        page.look_at = page.expires
+        heapq.heappush(self._ends, (page.look_at, node, number))
+
+    def _sweep(self, now: float) -> None:
+        """Drop the pages that have expired. A beat that prolongs a page leaves its place in the heap alone until then."""
+        while self._ends and self._ends[0][0] <= now:
+            look_at, node, number = heapq.heappop(self._ends)
+            entry = self._entries.get(node)
+            page = entry.pages.get(number) if entry is not None else None
+            if page is None or page.look_at != look_at:
+                continue  # it is gone, or another place in the heap is its own
+            if page.expires <= now:
+                self._drop(node, number)
+                self._note_behind(node)
+            else:
+                self._look_again(node, number, page)
+
+    def _make_room(self, said: Announcement, now: float) -> None:
         """Raises `Busy` when there is no place for what was said."""
-        if standing == "trusted":
+        if self._stays(said.node):
             return
-        others = (page for node, pages in self._pages.items() for number, page in pages.items() if (node, number) != (said.node, said.page))
-        held = sum(len(page.offers) for page in others)
-        if held + len(said.offers) > self._offers_limit:
-            raise Busy("announcement", "more models are announced than this node keeps")
-        if said.node in self._peers or len(self._peers) < self._limit:
-            return
-        expired = (peer for peer in self._peers.values() if peer.expires <= now and self._standing(peer.node) != "trusted")
-        oldest = min(expired, key=lambda peer: peer.expires, default=None)
-        if oldest is None:
-            raise Busy("announcement", "this node knows as many others as it keeps")
-        self._forget(oldest.node)
+        self._sweep(now)
+        entry = self._entries.get(said.node)
+        if entry is None and len(self._entries) >= self._limit:
+            self._evict(now, said.node, "this node knows as many others as it keeps")
+        old = entry.pages.get(-1 if said.page is None else said.page) if entry is not None else None
+        more = len(said.offers) - (len(old.offers) if old is not None else 0)
+        while more > 0 and self._catalogue.count + more > self._offers_limit:
+            self._evict(now, said.node, "more models are announced than this node keeps", offering=True)
+
+    def _evict(self, now: float, newcomer: str, why: str, *, offering: bool = False) -> None:
+        """Forget the node that makes room. Raises `Busy` when none does."""
+        gives = [
+            (entry.peer.expires > now, entry.peer.expires if entry.peer.expires <= now else entry.heard, node)
+            for node, entry in self._entries.items()
+            if node != newcomer and (entry.pages or not offering) and self._gives_way(node, entry, now)
+        ]
+        if not gives:
+            raise Busy("announcement", why)
+        self._forget(min(gives)[2])
+
+    def _gives_way(self, node: str, entry: _Entry, now: float) -> bool:
+        if self._stays(node):
+            return False
+        if entry.peer.expires <= now:
+            return True
+        proven = node in self._stats and self._stats[node].successes > 0
+        return not proven and now - entry.heard >= SILENT_S
+
+    def _stays(self, node: str) -> bool:
+        return node in self._joined or self._standing(node) == "trusted"
 
     def _forget(self, node: str) -> None:
-        del self._peers[node]
-        self._pages.pop(node, None)
+        for number in list(self._entries[node].pages):
+            self._drop(node, number)
+        del self._entries[node], self._known[node]
         self._stats.pop(node, None)
+        self._behind.pop(node, None)
+        self._without_ipfs.pop(node, None)
+        self._unwritten.pop(node, None)
+        self._gone.add(node)
+        self._stale_mirror.set()
 
+
+def _served_first(numbered: tuple[int, _Page]) -> tuple[bool, int]:
+    number, page = numbered
+    return not any(offer.serving for offer in page.offers), number

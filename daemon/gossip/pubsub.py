@@ -1,4 +1,4 @@
-"""Pages over IPFS pubsub: the transport that reaches everybody who listens to the topic of our swarm.
+"""Words over IPFS pubsub: the transport that reaches everybody who listens to the topic of our swarm.
 
 In a closed swarm each message is sealed. Its topic is no secret to the libp2p peers of a member, so that strangers may write there:
 what does not open is dropped without a word, and counts against the rate of whoever sent it.
@@ -10,25 +10,32 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from daemon.buckets import Buckets
 from daemon.errors import Unavailable
+from daemon.gossip import exchange
 from daemon.gossip.ear import REFUSALS, Ear
 from daemon.ipfs.interface import IpfsNode, PeerIdentity
 from daemon.membership import Membership
 from daemon.supervise import Supervisor
-from registry.announcement import MAX_ENVELOPE
+from registry import announcement as rules
+from registry import strictjson
+from registry.errors import Malformed
 from registry.records import Announcement
 
 _log = logging.getLogger(__name__)
 
 _SEALED = "announcement"  # what is sealed
+_QUESTION = b'{"want"'
+_MAX_QUESTION = 4096  # bytes
 _PASSED_ON = 64  # envelopes of nodes without IPFS that wait to be passed on
 
 
 class Pubsub:
-    """`on_neighbour` is called when somebody new listens, `on_heard` with each announcement that came this way."""
+    """`on_neighbour` is called when somebody new listens, `on_heard` with each announcement that came this way, `on_question`
+    with the pages that somebody lacks, by `rules.node_id`.
+    """
 
     def __init__(
         self,
@@ -38,6 +45,7 @@ class Pubsub:
         *,
         on_neighbour: Callable[[], None],
         on_heard: Callable[[Announcement], None],
+        on_question: Callable[[Mapping[str, Sequence[int]]], None],
     ) -> None:
         self.node: IpfsNode | None = None
         self.identity: PeerIdentity | None = None
@@ -48,6 +56,7 @@ class Pubsub:
         self._membership = membership
         self._on_neighbour = on_neighbour
         self._on_heard = on_heard
+        self._on_question = on_question
         self._passed_on: deque[bytes] = deque(maxlen=_PASSED_ON)
         self._senders = Buckets(rate=5.0, burst=50.0, clock=time.monotonic)
 
@@ -71,15 +80,20 @@ class Pubsub:
 
     # -- Transport ----------------------------------------------------------------------------------------------------
 
-    async def say(self, pages: Sequence[bytes]) -> None:
+    async def say(self, words: Sequence[bytes], *, news: bool) -> None:
         passed_on = [self._passed_on.popleft() for _ in range(len(self._passed_on))]
         try:
-            await self._publish([*pages, *passed_on])
+            await self._publish([*words, *passed_on])
         except Unavailable as error:
             _log.debug("pubsub: %s", error)
 
-    async def farewell(self, pages: Sequence[bytes]) -> None:
-        await self._publish(pages)
+    async def farewell(self, words: Sequence[bytes]) -> None:
+        await self._publish(words)
+
+    async def ask(self, want: Mapping[str, Sequence[int]]) -> None:
+        """Ask everybody for pages, by node; see daemon/gossip/wants.py."""
+        named = {rules.node_id(node): list(pages) for node, pages in want.items()}
+        await self._publish([strictjson.dumps({"want": named})])
 
     def pass_on(self, envelope: bytes) -> None:
         """Say with our next words what a node without IPFS said to us."""
@@ -108,13 +122,25 @@ class Pubsub:
             if message.sender == own or not self._senders.take(message.sender):
                 continue
             try:
-                envelope = self._membership.open(message.data, _SEALED, limit=MAX_ENVELOPE)
-                said = await self._ear.receive(envelope)
+                word = self._membership.open(message.data, _SEALED, limit=rules.MAX_ENVELOPE)
+                if word.startswith(_QUESTION):
+                    self._hear_question(word)
+                    continue
+                said = await self._ear.receive(word)
             except REFUSALS:
                 continue
             _log.debug("%s announced %d offers", said.node[:16], len(said.offers))
             self._on_heard(said)
         raise Unavailable("pubsub", "the subscription ended")
+
+    def _hear_question(self, data: bytes) -> None:
+        """Nobody signs a question: it costs at most what `OwnPages.ask_for` allows, whoever asks."""
+        try:
+            fields = strictjson.loads(data, limit=_MAX_QUESTION, what="the question")
+            want = exchange.wanted(fields.get("want"))
+        except Malformed:
+            return
+        self._on_question(want)
 
     async def _watch_neighbours(self, node: IpfsNode) -> None:
         while True:

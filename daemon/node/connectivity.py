@@ -395,8 +395,14 @@ class Connectivity:
         """Others are carried for: the ways to them, and what is announced for them, follow by themselves."""
         _log.info("this node carries for %d others", len(self.relay.held))
 
+    def changed(self) -> None:
+        """What this node offers is different: say so, to those who carry for us as well."""
+        self.holder.changed()
+        self.gossip.changed()
+
     def _on_change(self) -> None:
         self.holder.changed()
+        self.relay.refresh()
         self._keeper.want(self._reach())
         self.gossip.changed()
 

@@ -62,6 +62,7 @@ class Forger:
         said = Announcement(
             node=self.node, peer_id=None, sequence=self._sequence, expires=int(time.time()) + 600,
             address=Address(self.node, (), bittorrent, (self._url,)), seal_keys=(), offers=offers,
+            page=0, revisions=(self._sequence,),
         )  # fmt: skip
         signed = envelope.sign(announcement.PAYLOAD_TYPE, announcement.build(said), self.key)
         connection = http.client.HTTPConnection(urlsplit(to.status["api"]).netloc, timeout=20)

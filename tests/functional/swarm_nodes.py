@@ -150,7 +150,7 @@ async def swarm_node(
     join: tuple[Address, ...] = (),
     key: Ed25519PrivateKey | None = None,
     clock: Callable[[], float] = time.time,
-    heartbeat_s: float = 60.0,
+    heartbeat_s: float = 12.0,
     standing: Callable[[str], Standing | None] = lambda key: None,
     limits: Limits | None = None,
     membership: Membership | None = None,
@@ -181,6 +181,7 @@ async def swarm_node(
         table = PeerTable(ledger, own=name, clock=clock, standing=standing)
         await settle(ledger, membership)
         await table.open()
+        stack.push_async_callback(table.close)
         seal_keys = SealKeys(name, clock)
         node: Node
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,10 +27,12 @@ from daemon.errors import (
     UsageError,
     VerificationError,
 )
-from daemon.gossip.exchange import BODY_LIMIT, BROUGHT, body, parse
+from daemon.gossip.exchange import BODY_LIMIT, BROUGHT, MAX_CODES, MAX_HAVE, MAX_WANT, Words, body, parse
 from daemon.membership import OpenSwarm
 from daemon.peerchat import wire
 from daemon.peerchat.seal import FRAME_LIMIT
+from registry import announcement, strictjson
+from registry import codes as short_codes
 from registry.cid import leaf_cid
 from registry.errors import Malformed
 from registry.records import Offer
@@ -184,16 +186,35 @@ def test_frames_of_unknown_form_are_refused(frame: bytes) -> None:
         wire.parse_frame(frame)
 
 
-@given(sizes=st.lists(st.integers(1, 8000), max_size=80))
-def test_an_exchange_never_exceeds_its_limit(sizes: list[int]) -> None:
+@given(sizes=st.lists(st.integers(1, 8000), max_size=80), known=st.sampled_from([0, 3, 5000]))
+def test_an_exchange_never_exceeds_its_limit(sizes: list[int], known: int) -> None:
     envelopes = [b'"' * (size // 2) + b"x" * (size - size // 2) for size in sizes]
-    data = body(envelopes, BROUGHT, OpenSwarm())
+    have = {f"{number:016x}": announcement.MAX_SEQUENCE for number in range(known)}
+    want = {node: range(announcement.MAX_PAGES) for node in have}
+    codes = [short_codes.code_of_cid(leaf_cid(b"%d" % number))[:7] for number in range(known)]
+    data = body(Words(envelopes, have, want, codes), BROUGHT, OpenSwarm())
     assert len(data) <= BODY_LIMIT
-    found = parse(data, BROUGHT, OpenSwarm())
-    assert found == envelopes[: len(found)]
+    said = parse(data, BROUGHT, OpenSwarm())
+    assert said.envelopes == envelopes[: len(said.envelopes)]
+    assert said.have == dict(list(have.items())[:MAX_HAVE])
+    assert said.want == {node: list(pages) for node, pages in list(want.items())[:MAX_WANT]}
+    assert said.codes == tuple(codes[:MAX_CODES])
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"envelopes":{}}', b'{"envelopes":[null]}', b'{"envelopes":[],"x":1}'])
+FORGED = [
+    strictjson.dumps({"envelopes": [], field: value})
+    for field, value in [
+        ("have", None), ("have", []), ("have", {"x": 1}), ("have", {"f" * 16: "1"}), ("have", {"f" * 16: -1}),
+        ("have", {"f" * 16: 1 << 60}), ("have", {f"{number:016x}": 1 for number in range(MAX_HAVE + 1)}), ("want", None),
+        ("want", {"../": [1]}), ("want", {"f" * 16: 1}), ("want", {"f" * 16: [64]}), ("want", {"f" * 16: [-1]}),
+        ("want", {"f" * 16: [True]}), ("want", {"f" * 16: [0] * 65}), ("want", {f"{number:016x}": [] for number in range(MAX_WANT + 1)}),
+        ("codes", None), ("codes", {}), ("codes", [1]), ("codes", ["abcdef"]), ("codes", ["abcdefgh"]), ("codes", ["abcdef1"]),
+        ("codes", ["ABCDEFG"]), ("codes", ["abcdefg"] * (MAX_CODES + 1)),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"envelopes":{}}', b'{"envelopes":[null]}', b'{"envelopes":[],"x":1}', *FORGED])
 def test_exchanges_that_are_none(data: bytes) -> None:
     with pytest.raises(Malformed):
         parse(data, BROUGHT, OpenSwarm())
@@ -274,6 +295,9 @@ class Gone:
         self._offers = offers
 
     def offers(self) -> list[Offer]:
+        return self._offers
+
+    def offers_about(self, wanted: str, local: Sequence[Offer]) -> list[Offer]:
         return self._offers
 
     def stats(self) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sqlite_utils import Database
 
 from registry import migrations
-from registry.records import Address, GgufFacts, Identity, Model, Offer, Peer, SealKey
-from registry.store import MAX_TRANSFERS, KeyRow, Ledger, TransferRow
+from registry.records import Address, GgufFacts, Identity, Model, Peer, SealKey
+from registry.store import MAX_TRANSFERS, KeyRow, Ledger, StoredPage, TransferRow
 from tests.unit import strategies
 
 MODEL = Model(
@@ -28,12 +28,13 @@ MODEL = Model(
 )
 
 
-def peer(node: str, *, sequence: int = 1, expires: int = 1000) -> Peer:
-    return Peer(node, "12D3", Address(node, ("/ip4/x",), (), ("http://h",)), sequence, expires, (SealKey(3, "ee" * 32, 99),))
+def peer(node: str, *, sequence: int = 1, expires: int = 1000, revisions: tuple[int, ...] = (1,)) -> Peer:
+    address = Address(node, ("/ip4/x",), (), ("http://h",))
+    return Peer(node, "12D3", address, sequence, expires, (SealKey(3, "ee" * 32, 99),), True, revisions)
 
 
-def offer(node: str, cid: str, **more: Any) -> Offer:
-    return Offer(node, cid, None, "dd" * 32, None, "name", 5, **{"serving": True, "tokens_per_second": 1.5, **more})
+def page(node: str, number: int, revision: int) -> StoredPage:
+    return StoredPage(node, number, revision, 1000, b"%d %d" % (number, revision))
 
 
 @pytest.fixture
@@ -53,13 +54,9 @@ def reopened(ledger: Ledger, path: Path) -> Ledger:
     return Ledger(path)
 
 
-def cids(ledger: Ledger, now: int = 0) -> list[str]:
-    return [offer.cid for offer in ledger.offers(now)]
-
-
 def test_everything_survives_a_restart(ledger: Ledger, path: Path) -> None:
     ledger.save_model(MODEL)
-    ledger.save_peer(peer("a"), 0, [offer("a", "x"), offer("a", "y", serving=False)])
+    ledger.save_peers([peer("a")], [page("a", 0, 1)])
     ledger.save_transfer(TransferRow("1", "pull", "#abc2def", "fetching", "2026-11-21T12:00:00Z"))
     ledger.set_key("k", "trusted", "me")
     ledger.pin("name", "k")
@@ -67,7 +64,7 @@ def test_everything_survives_a_restart(ledger: Ledger, path: Path) -> None:
     again = reopened(ledger, path)
     assert again.models() == [MODEL]
     assert again.peers() == [peer("a")]
-    assert again.offers(0) == [offer("a", "x"), offer("a", "y", serving=False)]
+    assert again.pages() == [page("a", 0, 1)]
     assert again.transfers() == [TransferRow("1", "pull", "#abc2def", "fetching", "2026-11-21T12:00:00Z")]
     assert again.keys() == [KeyRow("k", "trusted", "me")]
     assert again.pins() == {"name": "k"}
@@ -83,13 +80,14 @@ def test_records_round_trip(tmp_path_factory: pytest.TempPathFactory, data: st.D
     said = data.draw(strategies.manifests)
     model = Model(said.identity, said.name, said.facts, said.created, "pulled", source=said.source, torrent=said.torrent)
     address, sequence = data.draw(strategies.addresses("n")), data.draw(st.integers(1, (1 << 53) - 1))
-    node = Peer("n", None, address, sequence, 9, tuple(data.draw(st.lists(strategies.seal_keys, max_size=2))))
-    offers = data.draw(st.lists(strategies.offers("n"), max_size=3, unique_by=lambda offer: offer.cid))
+    keys = tuple(data.draw(st.lists(strategies.seal_keys, max_size=2)))
+    node = Peer("n", None, address, sequence, 9, keys, data.draw(st.booleans()), (sequence, 1))
+    stored = StoredPage("n", 0, sequence, 9, data.draw(st.binary(max_size=99)))
     ledger = Ledger(tmp_path_factory.mktemp("ledger") / "ledger.db")
     try:
         ledger.save_model(model)
-        ledger.save_peer(node, 0, offers)
-        assert (ledger.models(), ledger.peers(), ledger.offers(0)) == ([model], [node], offers)
+        ledger.save_peers([node], [stored])
+        assert (ledger.models(), ledger.peers(), ledger.pages()) == ([model], [node], [stored])
     finally:
         ledger.close()
 
@@ -119,46 +117,21 @@ def test_models_are_replaced_and_removed(ledger: Ledger) -> None:
     assert ledger.models() == []
 
 
-def test_a_page_takes_the_place_of_what_it_said_before(ledger: Ledger) -> None:
-    ledger.save_peer(peer("a"), 0, [offer("a", "1"), offer("a", "2")], pages=2)
-    ledger.save_peer(peer("a", sequence=2), 1, [offer("a", "3")], pages=2)
-    ledger.save_peer(peer("b"), 0, [offer("b", "1")])
-    assert sorted(cids(ledger)) == ["1", "1", "2", "3"]
-    ledger.save_peer(peer("a", sequence=3), 0, [offer("a", "2"), offer("a", "3")], pages=2)
-    assert [o.cid for o in ledger.offers(0) if o.node == "a"] == ["2", "3"]
-    ledger.save_peer(peer("a", sequence=4), 0, [offer("a", "2")], pages=1)
-    assert [o.cid for o in ledger.offers(0) if o.node == "a"] == ["2"]
-    assert [p.sequence for p in ledger.peers()] == [4, 1]
+def test_the_mirror_of_the_peers_follows(ledger: Ledger) -> None:
+    ledger.save_peers([peer("a", revisions=(1, 2)), peer("b")], [page("a", 0, 1), page("a", 1, 2)])
+    assert [p.node for p in ledger.peers()] == ["a", "b"]
+    # A newer revision takes the place of the older one, a page that is not named any more goes.
+    ledger.save_peers([peer("a", sequence=3, revisions=(3,))], [page("a", 0, 3)])
+    assert ledger.pages() == [page("a", 0, 3)]
+    assert [p.sequence for p in ledger.peers()] == [3, 1]
+    ledger.save_peers([], [page("nobody", 0, 1)], gone=["a", "unknown"])
+    assert ledger.pages() == [] and [p.node for p in ledger.peers()] == ["b"]
 
 
-def test_a_page_that_is_gone_takes_its_offers_along(ledger: Ledger) -> None:
-    ledger.save_peer(peer("a"), 1, [offer("a", "old")], pages=2)
-    ledger.save_peer(peer("a", sequence=2), 0, [offer("a", "new")], pages=1)
-    assert cids(ledger) == ["new"]
-
-
-def test_expired_offers_and_peers_go(ledger: Ledger) -> None:
-    ledger.save_peer(peer("a", expires=100), 0, [offer("a", "1")])
-    ledger.save_peer(peer("b", expires=200), 0, [offer("b", "2")])
-    assert cids(ledger, now=99) == ["1", "2"] and cids(ledger, now=100) == ["2"]
+def test_peers_of_long_ago_go_with_their_pages(ledger: Ledger) -> None:
+    ledger.save_peers([peer("a", expires=100), peer("b", expires=200)], [page("a", 0, 1), page("b", 0, 1)])
     ledger.forget_peers(200)
-    assert [p.node for p in ledger.peers()] == ["b"] and cids(ledger) == ["2"]
-
-
-def test_the_tables_that_strangers_fill_are_bounded(path: Path) -> None:
-    ledger = Ledger(path, max_peers=3, max_offers=4)
-    ledger.set_key("friend", "trusted", "")
-    ledger.set_key("foe", "blocked", "")
-    ledger.save_peer(peer("friend", expires=1), 0, [offer("friend", "x")])
-    ledger.save_peer(peer("foe", expires=2), 0, [offer("foe", "x")])
-    for i in range(20):
-        ledger.save_peer(peer(f"sybil-{i:02}", expires=10 + i), 0, [offer(f"sybil-{i:02}", "x")])
-    assert [p.node for p in ledger.peers()] == ["friend", "sybil-18", "sybil-19"]
-    assert {o.node for o in ledger.offers(0)} == {"friend", "sybil-18", "sybil-19"}
-    for page in range(3):
-        ledger.save_peer(peer("friend", sequence=page + 2), page, [offer("friend", f"{page}{i}") for i in range(3)])
-    assert [o.cid for o in ledger.offers(0) if o.node == "friend"] == ["00", "01", "02", "10"]
-    ledger.close()
+    assert [p.node for p in ledger.peers()] == ["b"] and ledger.pages() == [page("b", 0, 1)]
 
 
 def test_ended_transfers_are_forgotten_in_time(ledger: Ledger) -> None:
