@@ -5,7 +5,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo internet test test-fast lint bench bench-engine clean
+.PHONY: help setup demo internet test test-fast lint bench bench-engine bench-swarm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -38,6 +38,9 @@ bench: setup  ## publish and pull of a 1 GiB file beside ipfs and plain libtorre
 bench-engine: setup  ## answers beside llama-server and llama_cpp.server (builds llama-server once, about seven minutes)
 	@$(BIN)/python .ci/bench.py
 	$(BIN)/python -m pytest tests/bench/test_engine.py -s
+
+bench-swarm: setup  ## gossip of 1,000 to 100,000 nodes in virtual time: bytes, memory, speed (about two minutes)
+	$(BIN)/python -m pytest tests/bench/test_swarm.py -s
 
 clean:  ## remove what set-up and the tools made; the next run starts from nothing
 	rm -rf .venv .cache build dist *.egg-info

@@ -29,6 +29,7 @@ import binascii
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate
 from sys import intern
 from typing import Any
@@ -64,6 +65,8 @@ MAX_TOKENS_PER_SECOND = 1_000_000.0
 
 # The fields of an address, each with its name on the wire: those of registry/address.py.
 _ENDPOINTS = {"ipfs": "ipfs", "bittorrent": "bt", "http": "http", "relays": "relay"}
+
+_HEADS_KEPT = 4096  # addresses and keys that were found right: a node says them in each of its beats
 
 # JSON around the payload: the envelope of an empty payload has 326 bytes, base64 adds a third.
 _ENVELOPE_OVERHEAD = 340
@@ -279,27 +282,43 @@ def _count(fields: dict[str, Any], name: str, most: int) -> int:
 def _address(node: str, peer_id: str | None, fields: Any) -> Address:
     if not isinstance(fields, dict):
         raise Malformed("address must be an object")
-    found = {field: _texts(fields, name, most(field)) for field, name in _ENDPOINTS.items()}
-    if found["ipfs"] and peer_id is None:
+    found = [_texts(fields, name, most(field)) for field, name in _ENDPOINTS.items()]
+    return _checked_address(node, peer_id, *found)
+
+
+@lru_cache(_HEADS_KEPT)
+def _checked_address(
+    node: str,
+    peer_id: str | None,
+    ipfs: tuple[str, ...],
+    bittorrent: tuple[str, ...],
+    http: tuple[str, ...],
+    relays: tuple[str, ...],
+) -> Address:
+    if ipfs and peer_id is None:
         raise Malformed("there are multiaddrs of a node without a peer id")
     # All of them lead to the node itself, or it could send everybody's dials to a stranger.
-    found["ipfs"] = tuple(f"{multiaddr}/p2p/{peer_id}" for multiaddr in found["ipfs"])
-    return check_endpoints(Address(node, **found))
+    whole = tuple(f"{multiaddr}/p2p/{peer_id}" for multiaddr in ipfs)
+    return check_endpoints(Address(node, whole, bittorrent, http, relays))
 
 
 def _seal_key(entry: Any) -> SealKey:
     if not isinstance(entry, list) or len(entry) != 3:
         raise Malformed("a seal key must be its number, its public key and its expiry")
     fields = dict(zip(("key_id", "public", "expires"), entry, strict=True))
-    public = text(fields, "public")
+    key_id, expires = whole(fields, "key_id", 0, 255), whole(fields, "expires", 1, MAX_SEQUENCE)
+    return SealKey(key_id, _hex_of_key(text(fields, "public")), expires)
+
+
+@lru_cache(_HEADS_KEPT)
+def _hex_of_key(public: str) -> str:
     try:
         raw = binascii.a2b_base64(public, strict_mode=True)
     except ValueError:
         raise Malformed("a seal key is not base64") from None
     if len(raw) != 32 or base64.b64encode(raw).decode() != public:
         raise Malformed("a seal key must have 32 bytes in base64")
-    key_id, expires = whole(fields, "key_id", 0, 255), whole(fields, "expires", 1, MAX_SEQUENCE)
-    return SealKey(key_id, raw.hex(), expires)
+    return raw.hex()
 
 
 def _list(fields: dict[str, Any], name: str, most: int) -> list[Any]:

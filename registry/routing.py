@@ -80,11 +80,10 @@ def aggregate(offers: Iterable[Offer], local: Iterable[Offer] = ()) -> list[Swar
     """
     own = {offer.cid: offer for offer in local}
     offered = [*offers, *own.values()]
-    proofs = {offer for offer in offered if upstream.proven(offer)}
-    without_file = {offer.cid for offer in proofs}
+    without_file = {offer.cid for offer in offered if upstream.proven(offer)}
     by_cid: dict[str, dict[str, Offer]] = {}
     for offer in offered:
-        if offer.cid in without_file and offer not in proofs:
+        if offer.cid in without_file and not upstream.proven(offer):
             continue
         per_node = by_cid.setdefault(offer.cid, {})
         if offer.node not in per_node or offer.serving:
@@ -144,11 +143,18 @@ def candidates(
 
 
 def _ordered(offers: Sequence[Offer], own: set[str], stats: Mapping[str, Stats]) -> list[Choice]:
+    costs = {node: _finite(stats[node].cost) for node in stats} | dict.fromkeys(own, 0.0)
+    unmeasured = Stats().cost
+
     def rank(offer: Offer) -> tuple[Any, ...]:
-        cost = 0.0 if offer.node in own else stats.get(offer.node, Stats()).cost
-        return (not offer.serving, -offer.seeders, -offer.free_slots, cost if math.isfinite(cost) else math.inf, offer.node, offer.cid)
+        cost = costs.get(offer.node, unmeasured)
+        return (not offer.serving, -offer.seeders, -offer.free_slots, cost, offer.node, offer.cid)
 
     return [Choice(offer, offer.node in own) for offer in sorted(offers, key=rank)]
+
+
+def _finite(cost: float) -> float:
+    return cost if math.isfinite(cost) else math.inf
 
 
 def _model(offers: Sequence[Offer], own: Mapping[str, Offer], without_file: Set[str]) -> SwarmModel:

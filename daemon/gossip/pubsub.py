@@ -21,7 +21,6 @@ from daemon.membership import Membership
 from daemon.supervise import Supervisor
 from registry import announcement as rules
 from registry import strictjson
-from registry.errors import Malformed
 from registry.records import Announcement
 
 _log = logging.getLogger(__name__)
@@ -134,13 +133,9 @@ class Pubsub:
         raise Unavailable("pubsub", "the subscription ended")
 
     def _hear_question(self, data: bytes) -> None:
-        """Nobody signs a question: it costs at most what `OwnPages.ask_for` allows, whoever asks."""
-        try:
-            fields = strictjson.loads(data, limit=_MAX_QUESTION, what="the question")
-            want = exchange.wanted(fields.get("want"))
-        except Malformed:
-            return
-        self._on_question(want)
+        """Nobody signs a question: it costs at most what `OwnPages.ask_for` allows, whoever asks. Raises `Malformed`."""
+        fields = strictjson.loads(data, limit=_MAX_QUESTION, what="the question")
+        self._on_question(exchange.wanted(fields.get("want")))
 
     async def _watch_neighbours(self, node: IpfsNode) -> None:
         while True:

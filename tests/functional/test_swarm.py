@@ -191,6 +191,73 @@ async def test_more_models_than_one_page_holds(tmp_path: Path) -> None:
         await until(lambda: len(b.table.offers()) == 5)
 
 
+async def test_pages_that_are_missing_are_asked_for(tmp_path: Path) -> None:
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b:
+        for number in range(30):
+            a.holds(leaf_cid(b"%d" % number), f"model {number}")
+        await b.gossip.receive((await a.gossip.pages.news(60, 1 << 52, ()))[0])
+        assert b.table.behind()[a.key] and len(b.table.offers()) < 30
+        await until(lambda: len(b.table.offers()) == 30 and not b.table.behind())
+
+
+async def test_pages_of_a_node_that_cannot_be_reached_come_from_another(tmp_path: Path) -> None:
+    async with (
+        swarm_node(tmp_path / "a", direct=False) as a,
+        swarm_node(tmp_path / "b") as b,
+        swarm_node(tmp_path / "c") as c,
+    ):
+        a.holds()
+        await b.gossip.join(c.gossip.pages.address())
+        for envelope in await a.gossip.own_pages():
+            await c.gossip.receive(envelope)
+        await until(lambda: c.sees(a))
+        await b.gossip.receive((await a.gossip.pages.news(60, 1 << 52, ()))[0])
+        await until(lambda: b.sees(a))
+
+
+async def test_questions_on_pubsub(tmp_path: Path, kubo_binary: Path) -> None:
+    async with (
+        swarm_node(tmp_path / "a", kubo=kubo_binary, direct=False, heartbeat_s=2.0) as a,
+        swarm_node(tmp_path / "b", kubo=kubo_binary, direct=False) as b,
+    ):
+        a.holds()
+        await b.gossip.join(a.gossip.pages.address())
+        await until(lambda: b.sees(a) and a.gossip.pubsub.neighbours != frozenset())
+        assert b.ipfs is not None
+        topic = OpenSwarm().topic
+        for forged in (b'{"want"', b'{"want":5}', b'{"want":{"x":[0]}}', b'{"want":{"' + b"f" * 16 + b'":[0]}}', b'{"want":{}}' * 9):
+            await b.ipfs.publish(topic, forged)
+        heard: list[int | None] = []
+
+        async def listen() -> None:
+            assert b.ipfs is not None
+            async for message in b.ipfs.subscribe(topic):
+                if not message.data.startswith(b'{"want"'):
+                    heard.append(announcement.read(message.data).page)
+
+        listening = asyncio.create_task(listen())
+        await until(lambda: heard.count(None) > 1)
+        heard.clear()
+        await b.gossip.pubsub.ask({a.key: (0, 63)})
+        await until(lambda: 0 in heard)
+        listening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await listening
+        assert a.supervisor.state()["pubsub"].crashes == 0
+
+
+async def test_a_silent_node_is_gone_within_40_s(tmp_path: Path) -> None:
+    now = [time.time()]
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b", clock=lambda: now[0]) as b:
+        a.serves(Script())
+        await b.gossip.join(a.gossip.pages.address())
+        await until(lambda: b.sees(a, serving=True))
+        now[0] = time.time() + 25  # two beats were lost
+        assert b.sees(a, serving=True)
+        now[0] = time.time() + 40
+        assert not b.sees(a) and b.table.peers() == []
+
+
 async def test_a_blocked_node_is_not_heard(tmp_path: Path) -> None:
     async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b", standing=lambda key: "blocked") as b:
         with pytest.raises(Unserved, match="blocked"):
