@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import heapq
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
@@ -227,6 +228,17 @@ class PeerTable:
         self._sweep(now)
         for node in [node for node, peer in self._known.items() if peer.expires < now - REMEMBER_S]:
             self._forget(node)
+
+    def silence(self, peer: Peer) -> bool:
+        """Nobody finds that node any more: what it said counts no longer, until it says more. Whether anything changed."""
+        entry = self._entries.get(peer.node)
+        now = int(self._clock())
+        if entry is None or entry.peer.sequence != peer.sequence or entry.peer.expires <= now:
+            return False
+        entry.peer = self._known[peer.node] = dataclasses.replace(entry.peer, expires=now)
+        for number in list(entry.pages):
+            self._drop(peer.node, number)
+        return True
 
     # -- what is known ------------------------------------------------------------------------------------------------
 
