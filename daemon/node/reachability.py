@@ -15,8 +15,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-import aiohttp
-
 from daemon.errors import SwarmError
 from daemon.membership import Membership
 from daemon.network import global_address, own_addresses
@@ -43,7 +41,6 @@ class Reachability:
         self,
         own: str,
         ways: Ways,
-        http: aiohttp.ClientSession,
         membership: Membership,
         *,
         ports: Callable[[], Mapping[str, int]],
@@ -56,7 +53,6 @@ class Reachability:
         self.nat: Nat = "unknown"
         self._own = own
         self._ways = ways
-        self._http = http
         self._membership = membership
         self._ports = ports
         self._judges = judges
@@ -104,7 +100,7 @@ class Reachability:
     async def _ask(self, peer: Peer) -> tuple[dialback.Verdict, int | None]:
         async with self._ways.to(peer, via=NEVER) as way:
             return await dialback.ask(
-                self._http, way, self._own, self._ports(), membership=self._membership
+                way, self._own, self._ports(), membership=self._membership
             )
 
     def _judge(self, verdicts: Sequence[tuple[dialback.Verdict, int | None]]) -> None:
