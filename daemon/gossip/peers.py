@@ -63,6 +63,7 @@ class PeerTable:
         self._offers_limit = offers_limit
         self._entries: dict[str, Entry] = {}
         self._known: dict[str, Peer] = {}
+        self._names: dict[str, str] = {}  # nodes, by `rules.node_id`
         self._catalogue = Catalogue()
         self._bytes = 0  # of the pages in their envelopes
         self._ends: list[tuple[int, str, int]] = []  # a heap: when a page may have expired
@@ -85,6 +86,7 @@ class PeerTable:
         for peer in peers[: self._limit]:
             self._entries[peer.node] = Entry(peer, None, 0.0)
             self._known[peer.node] = peer
+            self._names[rules.node_id(peer.node)] = peer.node
         for stored in pages:
             self._remember(stored, now)
         for node in self._entries:
@@ -255,10 +257,12 @@ class PeerTable:
         now = self._clock()
         found: dict[str, list[bytes]] = {}
         size = 0
-        for node in self._random.sample(list(self._entries), len(self._entries)):
+        nodes = list(self._entries)
+        if have is None:
+            nodes = [self._names[name] for name in want if name in self._names]
+        for node in self._random.sample(nodes, len(nodes)):
             entry, name = self._entries[node], rules.node_id(node)
-            asked = have is not None or name in want
-            if not asked or entry.head is None or entry.peer.expires <= now:
+            if entry.head is None or entry.peer.expires <= now:
                 continue
             wanted = want.get(name, ())
             heard = have.get(name, 0) if have is not None else entry.peer.sequence
@@ -295,6 +299,7 @@ class PeerTable:
         entry = self._entries.get(node)
         if entry is None:
             entry = self._entries[node] = Entry(peer, envelope, now)
+            self._names[rules.node_id(node)] = node
         entry.peer, entry.head, entry.heard = peer, envelope, now
         self._known[node] = peer
         if peer.peer_id is None:
@@ -416,6 +421,7 @@ class PeerTable:
         for number in list(self._entries[node].pages):
             self._drop(node, number)
         del self._entries[node], self._known[node]
+        self._names.pop(rules.node_id(node), None)
         self._stats.pop(node, None)
         self._behind.pop(node, None)
         self._without_ipfs.pop(node, None)
