@@ -196,7 +196,7 @@ class _Daemon:
 
     def _changed(self) -> None:
         if self._connectivity is not None:
-            self._connectivity.gossip.changed()
+            self._connectivity.changed()
 
     # -- the parts, in order ----------------------------------------------------------------------------------------
 

@@ -113,6 +113,11 @@ class Catalogue:
             cids |= dict.fromkeys(self._by_infohash_v2.cids(infohash or ""))
         return [offer for cid in cids for offer in self._holders(cid)]
 
+    def pages_with(self, code: str) -> Iterator[PageKey]:
+        """The pages with an offer of a model whose code begins with `code`; a page may come twice."""
+        for cid in self._with_code(code):
+            yield from self._by_cid.get(cid, ())
+
     def _holders(self, cid: str) -> Iterable[Offer]:
         """The offers of one CID, one for each node: as its last page has it."""
         holders = self._by_cid.get(cid, {})

@@ -1,14 +1,18 @@
-"""What a node says to the node that it asks to be its relay: signed, and good for one connection alone.
+"""What a node says to the node that it asks to be its relay: signed, and good for one connection
+alone.
 
 What is accepted:
-- a DSSE envelope of at most `MAX_ENVELOPE` bytes, signed by exactly one key, which is the `node` of the payload;
+- a DSSE envelope of at most `MAX_ENVELOPE` bytes, signed by exactly one key, which is the `node` of
+  the payload;
 - it names the relay that reads it, so that no other relay can present it there;
-- it carries the challenge that the relay drew for this connection, so that nobody can present it on another one, now or
-  later, whatever the clocks say;
+- it carries the challenge that the relay drew for this connection, so that nobody can present it on
+  another one, now or later, whatever the clocks say;
 - on one connection each request has a greater sequence number than the one before;
-- not by the relay itself; a lifetime of at most `MAX_LIFETIME` seconds; at most `MAX_CODES` codes, none twice.
+- not by the relay itself; a lifetime of at most `MAX_LIFETIME` seconds; at most `MAX_CODES` codes,
+  none twice.
 
-An accepted request says that the holder of the key asks this relay to carry for it, and to announce these codes.
+An accepted request says that the holder of the key asks this relay to carry for it, and to announce
+these codes.
 """
 
 from __future__ import annotations
@@ -39,7 +43,9 @@ _FIELDS = {"v", "node", "relay", "challenge", "sequence", "lifetime", "codes"}
 
 @dataclass(frozen=True, slots=True)
 class HoldRequest:
-    """`node` asks `relay` to carry for it for `lifetime` seconds; `codes` are those of models that it shares."""
+    """`node` asks `relay` to carry for it for `lifetime` seconds; `codes` are those of models that
+    it shares.
+    """
 
     node: str  # "ed25519:<hex>"
     relay: str  # "ed25519:<hex>"
@@ -76,13 +82,14 @@ def accept(
 ) -> HoldRequest:
     """The request in `envelope`, if the rules above hold.
 
-    `relay` is the key of the node that reads it, `challenge` what it drew for this connection, `before` the last request
-    that it accepted on it. Raises `Malformed`, `NotVerified` or `Stale`, each with the reason.
+    `relay` is the key of the node that reads it, `challenge` what it drew for this connection,
+    `before` the last request that it accepted on it. Raises `Malformed`, `NotVerified` or `Stale`,
+    each with the reason.
     """
     opened = open_envelope(envelope, PAYLOAD_TYPE, limit=MAX_ENVELOPE)
     request = parse(opened.payload)
     if opened.keys != (request.node,):
-        raise NotVerified("the request is not signed by the node that it speaks of, and by it alone")
+        raise NotVerified("the request is not signed by the node that it speaks of alone")
     if request.relay != relay:
         raise NotVerified("the request is for another relay")
     if request.node == relay:

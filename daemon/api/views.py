@@ -105,7 +105,8 @@ def upstream(services: Services, served: Upstream) -> dict[str, Any]:
 
 
 def peer(services: Services, item: Peer) -> dict[str, Any]:
-    """`relays` carry for it, `relay`: it carries for others, `via`: through whom it was reached."""
+    """`seen`: when it was heard last, `relays` carry for it, `relay`: it carries for others, `via`: through whom it was reached."""
+    heard = services.peers.heard(item.node)
     offers = [offer for offer in services.peers.offers() if offer.node == item.node]
     return {
         "node": item.node,
@@ -114,6 +115,7 @@ def peer(services: Services, item: Peer) -> dict[str, Any]:
         "models": len(offers),
         "serving": sorted(code_of(offer.cid, offer.infohash_v2) for offer in offers if offer.serving),
         "expires": iso(item.expires),
+        "seen": None if heard is None else iso(int(heard)),
         "relays": relays_of(item),
         "relay": item.relay,
         "via": services.reached_via(item.node),

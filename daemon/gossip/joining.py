@@ -79,7 +79,8 @@ class Joiner:
         self._joined = {address.node: address for address in map(parse_address, json.loads(stored or "[]"))}
         for address in [*self._settings, *self._joined.values()]:
             if address.node != self._own:
-                self._table.keep(address.node)
+                if address.node:  # else it is known when the node is met
+                    self._table.keep(address.node)
                 self._contacts[format_address(address)] = _Contact(address)
         self._supervisor.run("rejoin", self._rejoin_forever, restart=True)
 

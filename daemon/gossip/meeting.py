@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import aiohttp
@@ -44,20 +45,30 @@ class Meeting:
         self._membership = membership
         self._own_news = own_news
         self._pubsub = pubsub
+        self._random = random.Random()
 
     async def meet(
-        self, address: Address, *, joined: bool = False, deadline_s: float = CONNECT_S
+        self,
+        address: Address,
+        *,
+        joined: bool = False,
+        codes: Sequence[str] = (),
+        deadline_s: float = CONNECT_S,
     ) -> Peer:
         """The node at an address that a person gave, or that was met before; one that was `joined` finds a place for ever.
 
+        It is asked first of all for who offers a model with one of the short `codes`, at most `exchange.MAX_CODES`.
         Raises `Unserved` with each way that failed, `VerificationError` when another node answers.
         """
         async with self._ways.to_address(address, deadline_s=deadline_s) as way:
-            return await self.over(way, address.node, joined=joined)
+            return await self.over(way, address.node, joined=joined, codes=codes)
 
-    async def over(self, way: Way, node: str, *, joined: bool = False) -> Peer:
+    async def over(
+        self, way: Way, node: str, *, joined: bool = False, codes: Sequence[str] = ()
+    ) -> Peer:
         """The node at the end of a way; `node` is the key that is expected there, empty when it is not known."""
-        answer = await self._post(way, self._asking_all(await self._own_news(0, ())))
+        question = self._asking_all(await self._own_news(0, ()), codes)
+        answer = await self._post(way, question)
         if not answer.envelopes:
             raise Unserved("peer", "it says nothing about itself")
         said = exchange.speaker(answer.envelopes[0])
@@ -111,8 +122,8 @@ class Meeting:
             return Words(words, None, self._table.want(exchange.MAX_WANT))
         return self._asking_all(words)
 
-    def _asking_all(self, words: Sequence[bytes]) -> Words:
-        return Words(words, self._table.have(), self._table.want(exchange.MAX_WANT))
+    def _asking_all(self, words: Sequence[bytes], codes: Sequence[str] = ()) -> Words:
+        return Words(words, self._table.have(), self._table.want(exchange.MAX_WANT), codes)
 
     async def _give(self, way: Way, answer: Words) -> None:
         """What the other lacks after it has answered, if anything."""
@@ -125,5 +136,7 @@ class Meeting:
         if own_too:
             heard = words.have.get(self._own_id, 0) if words.have is not None else rules.MAX_SEQUENCE
             own = await self._own_news(heard, words.want.get(self._own_id, ()))
-        others = self._table.news(words.have, words.want, limit=exchange.BODY_LIMIT)
-        return [*own, *(word for node in others.values() for word in node)]
+        limit, codes = exchange.BODY_LIMIT, words.codes
+        others = self._table.news(words.have, words.want, codes=codes, limit=limit)
+        sought = self._table.pages_with(codes)
+        return exchange.chosen(own, others, sought=sought, shuffle=self._random)

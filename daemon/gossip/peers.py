@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -83,10 +84,13 @@ class PeerTable:
         now = int(self._clock())
         await self._ledger.call(Ledger.forget_peers, now - REMEMBER_S)
         peers, pages = await self._mirror.open(now)
+        peers.sort(key=lambda peer: (self._stays(peer.node), peer.expires), reverse=True)
         for peer in peers[: self._limit]:
             self._entries[peer.node] = Entry(peer, None, 0.0)
             self._known[peer.node] = peer
             self._names[rules.node_id(peer.node)] = peer.node
+        for peer in peers[self._limit :]:
+            self._mirror.note(peer.node)
         for stored in pages:
             self._remember(stored, now)
         for node in self._entries:
@@ -172,6 +176,17 @@ class PeerTable:
         for node in [node for node, peer in self._known.items() if peer.expires < now - REMEMBER_S]:
             self._forget(node)
 
+    def silence(self, peer: Peer) -> bool:
+        """Nobody finds that node any more: what it said counts no longer, until it says more. Whether anything changed."""
+        entry = self._entries.get(peer.node)
+        now = int(self._clock())
+        if entry is None or entry.peer.sequence != peer.sequence or entry.peer.expires <= now:
+            return False
+        entry.peer = self._known[peer.node] = dataclasses.replace(entry.peer, expires=now)
+        for number in list(entry.pages):
+            self._drop(peer.node, number)
+        return True
+
     # -- what is known ------------------------------------------------------------------------------------------------
 
     def peer(self, node: str) -> Peer | None:
@@ -182,6 +197,11 @@ class PeerTable:
         """Nodes whose announcement has not expired."""
         now = self._clock()
         return [peer for peer in self._known.values() if peer.expires > now]
+
+    def heard(self, node: str) -> float | None:
+        """When the last new word of a node came (unix seconds); None when none has since the start."""
+        entry = self._entries.get(node)
+        return None if entry is None or entry.head is None else entry.heard
 
     def alive(self, node: str) -> bool:
         """Whether the announcement of a node has not expired."""
@@ -247,12 +267,14 @@ class PeerTable:
         have: Mapping[str, int] | None,
         want: Mapping[str, Collection[int]],
         *,
+        codes: Iterable[str] = (),
         limit: int | None = None,
     ) -> dict[str, list[bytes]]:
         """The signed words of live nodes, by node, that somebody lacks: who has heard `have` (see there) and asks for `want`.
 
         Without `have` only the nodes in `want` count. The newest word of a node comes before its pages. Beyond `limit` bytes
-        there is no more; the nodes come in another order each time, so that every one gets its turn.
+        there is no more; the nodes that offer a model with one of the `codes` come first, the others in another order each
+        time, so that every one gets its turn.
         """
         now = self._clock()
         found: dict[str, list[bytes]] = {}
@@ -260,7 +282,8 @@ class PeerTable:
         nodes = list(self._entries)
         if have is None:
             nodes = [self._names[name] for name in want if name in self._names]
-        for node in self._random.sample(nodes, len(nodes)):
+        sought = [node for code in codes for node, _ in self._catalogue.pages_with(code)]
+        for node in dict.fromkeys([*sought, *self._random.sample(nodes, len(nodes))]):
             entry, name = self._entries[node], rules.node_id(node)
             if entry.head is None or entry.peer.expires <= now:
                 continue
@@ -273,6 +296,14 @@ class PeerTable:
             size += sum(map(len, words))
             if limit is not None and size > limit:
                 break
+        return found
+
+    def pages_with(self, codes: Iterable[str]) -> set[bytes]:
+        """The signed pages with an offer of a model that has one of these codes, in full or their first characters."""
+        found: set[bytes] = set()
+        for code in codes:
+            for node, number in self._catalogue.pages_with(code):
+                found.add(self._entries[node].pages[number].envelope)
         return found
 
     def envelopes(self) -> dict[str, list[bytes]]:

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence, Set
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 from daemon.config import Network
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 Search = Callable[[str | None, Callable[[], bool]], Awaitable[None]]  # `Rendezvous.search`
 
 SWARM = "swarm"
+_BY_CODE = "code:"
 MAX_KEYS = 256  # of ours and of those whom we carry for, on each DHT
 AGAIN_S = 15 * 60.0  # BitTorrent's DHT forgets after about half an hour
 SEARCH_S = 60.0
@@ -98,7 +100,7 @@ class Rendezvous:
         ours = sorted(self._offers(), key=lambda offer: not offer.serving)
         own = (code for offer in ours for code in codes.codes_of(offer.cid, offer.infohash_v2))
         wanted = [*own, *self._carried()]
-        short = (f"code:{codes.short(code)}" for code in wanted)
+        short = (_BY_CODE + codes.short(code) for code in wanted)
         return list(dict.fromkeys([SWARM, *short]))[:MAX_KEYS]
 
     @property
@@ -183,7 +185,7 @@ class Rendezvous:
         await asyncio.gather(*self._searches.values(), return_exceptions=True)
 
     async def _search(self, what: str, found: Callable[[], bool]) -> None:
-        crowd = _Crowd(self._meet, found)
+        crowd = _Crowd(partial(self._meet, _codes(what)), found)
         hints: list[Coroutine[Any, Any, None]] = []
         if self._dht is not None and self._dht.enabled:
             hints.append(self._ask_bittorrent(self._dht, what, crowd))
@@ -213,8 +215,8 @@ class Rendezvous:
                 addresses = tuple(allowed) or (f"/p2p/{one.peer_id}",)
                 crowd.add(Address("", ipfs=addresses))
 
-    async def _meet(self, address: Address) -> None:
-        await self._meeting.meet(address, deadline_s=_MEET_S)
+    async def _meet(self, codes: Sequence[str], address: Address) -> None:
+        await self._meeting.meet(address, codes=codes, deadline_s=_MEET_S)
 
 
 def _what(ref: str | None) -> str:
@@ -227,7 +229,12 @@ def _what(ref: str | None) -> str:
             code = codes.code_of_cid(cid)
         case MagnetRef(infohash_v2=str(infohash)):
             code = codes.code_of_infohash_v2(infohash)
-    return SWARM if code is None else f"code:{codes.short(code)}"
+    return SWARM if code is None else _BY_CODE + codes.short(code)
+
+
+def _codes(what: str) -> tuple[str, ...]:
+    """The short code in the name of a key; none in that of the swarm."""
+    return (what.removeprefix(_BY_CODE),) if what.startswith(_BY_CODE) else ()
 
 
 class _Crowd:

@@ -195,8 +195,9 @@ class Ways:
         carriers = [self._carrier(relay_address(point)) for point in peer.address.relays]
         if via != AUTO:
             # A relay that somebody names may carry for the peer although the peer does not say so.
+            known = self.lookup(via)
             named = [one for one in carriers if one.node == via]
-            carriers = named or [one for one in (self.lookup(via),) if one is not None]
+            carriers = named or ([known] if known is not None and known.relay else [])
         return [
             _Candidate(self._over(relays, one, peer.node), delay)
             for one in carriers

@@ -1,8 +1,10 @@
-"""Being carried for: a node that nobody can dial keeps connections open to relays, over which it is rung.
+"""Being carried for: a node that nobody can dial keeps connections open to relays, over which it is
+rung.
 
     a slot is     free -> asking a candidate -> held -> free
     free          nothing is wanted, or no candidate is left; looked at again at every change
-    asking        refused or gone: the candidate rests, twice as long each time, and the next one is asked at once
+    asking        refused or gone: the candidate rests, twice as long each time, and the next one is
+                  asked at once
     held          until the relay goes, or nothing is wanted any more
 """
 
@@ -48,10 +50,12 @@ class _Rest:
 
 
 class RelayHolder:
-    """Holds up to `relays` of `candidates()` (best first) while `wanted()`. `codes` are to be announced by them.
+    """Holds up to `relays` of `candidates()` (best first) while `wanted()`. `codes` are to be
+    announced by them.
 
-    `streams_port` gives the port of our peer API that takes what comes through a relay; `http` is a `pipes.session()`.
-    `on_change` is called when `points()` are others. Call `changed` when anything that these callables say is different.
+    `streams_port` gives the port of our peer API that takes what comes through a relay; `http` is a
+    `pipes.session()`. `on_change` is called when `points()` are others. Call `changed` when
+    anything that these callables say is different.
     """
 
     def __init__(
@@ -110,7 +114,7 @@ class RelayHolder:
         self._news.set()
         self._news = asyncio.Event()
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _names(self) -> list[str]:
         return [f"relay {number}" for number in range(self._slots)]
@@ -132,7 +136,9 @@ class RelayHolder:
             self._rest(peer.node)
 
     async def _hold(self, peer: Peer) -> None:
-        """Be carried for by one relay until it ends. Raises `SwarmError` when it cannot be, or is no more."""
+        """Be carried for by one relay until it ends. Raises `SwarmError` when it cannot be, or is
+        no more.
+        """
         try:
             async with self._ways.to(peer, via=NEVER) as way:
                 holding = Holding(
@@ -174,7 +180,9 @@ class RelayHolder:
         return peer.node != self._node and _point(self._network, peer) is not None
 
     def _rest(self, node: str) -> None:
-        """Ask a node that failed, or that went away, later; by chance, so that not all that it carried for come at once."""
+        """Ask a node that failed, or that went away, later; by chance, so that not all that it
+        carried for come at once.
+        """
         before = self._rests.get(node)
         pause = FIRST_REST_S if before is None else min(2 * before.pause_s, LONGEST_REST_S)
         self._rests[node] = _Rest(time.monotonic() + pause * random.uniform(0.5, 1.5), pause)
@@ -194,7 +202,9 @@ class RelayHolder:
 
 
 def _point(network: Network, peer: Peer) -> str | None:
-    """How a stranger reaches the peer API of `peer`: over HTTP, else over libp2p, never over another relay."""
+    """How a stranger reaches the peer API of `peer`: over HTTP, else over libp2p, never over
+    another relay.
+    """
     urls = [url for url in peer.address.http if ranges.allows_url(network, url)]
     multiaddrs = [one for one in peer.address.ipfs if ranges.allows_multiaddr(network, one)]
     for endpoint in (*urls, *multiaddrs):

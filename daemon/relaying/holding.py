@@ -1,4 +1,6 @@
-"""One relay that carries for this node: the connection over which it rings, and the calls that are taken."""
+"""One relay that carries for this node: the connection over which it rings, and the calls that are
+taken.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ _CALLS_BURST = 64.0
 
 
 class Holding:
-    """`relay` is the key of the node at the end of `way`. `news` gives what is set at the next change of `codes` or `wanted`."""
+    """`relay` is the key of the node at the end of `way`. `news` gives what is set at the next
+    change of `codes` or `wanted`.
+    """
 
     def __init__(
         self,
@@ -63,9 +67,11 @@ class Holding:
         self._calls = Buckets(rate=_CALLS_RATE, burst=_CALLS_BURST, clock=time.monotonic)
 
     async def run(self, on_held: Callable[[], None]) -> None:
-        """Be carried for until this node wants it no more. `on_held` is called when the relay has agreed.
+        """Be carried for until this node wants it no more. `on_held` is called when the relay has
+        agreed.
 
-        Raises `Busy` or `Unserved` when the relay refuses or goes, `VerificationError` when it does not keep the protocol.
+        Raises `Busy` or `Unserved` when the relay refuses or goes, `VerificationError` when it does
+        not keep the protocol.
         """
         async with connected(
             self._http,
@@ -113,7 +119,9 @@ class Holding:
                 self._answer(ticket)
 
     async def _renew(self, ws: aiohttp.ClientWebSocketResponse) -> None:
-        """Ask again before the request runs out, and when codes change; withdraw when nothing is wanted any more."""
+        """Ask again before the request runs out, and when codes change; withdraw when nothing is
+        wanted any more.
+        """
         due = time.monotonic() + LIFETIME_S / 2
         while True:
             news = self._news()
@@ -140,7 +148,7 @@ class Holding:
         )
         await ws.send_str(signed(request, self._key).decode())
 
-    # -- calls ----------------------------------------------------------------------------------------------------------
+    # -- calls -------------------------------------------------------------------------------------
 
     def _answer(self, ticket: str) -> None:
         """Take a call in the background; one too many is left to run out."""
@@ -169,7 +177,9 @@ class Holding:
 
 
 async def _note(ws: aiohttp.ClientWebSocketResponse) -> str:
-    """The next message of the relay. Raises `Unserved` when it has closed, `Malformed` for anything but text."""
+    """The next message of the relay. Raises `Unserved` when it has closed, `Malformed` for anything
+    but text.
+    """
     message = await ws.receive()
     if message.type is WSMsgType.TEXT:
         return str(message.data)

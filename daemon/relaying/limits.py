@@ -1,4 +1,6 @@
-"""Ceilings of a relay: of those that it carries for, of those that ask through it, and of each stream."""
+"""Ceilings of a relay: of those that it carries for, of those that ask through it, and of each
+stream.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RelayLimits:
-    """Sizes are bytes, times seconds, rates per second. A source is an IP address or a libp2p peer."""
+    """Sizes are bytes, times seconds, rates per second. A source is an IP address or a libp2p peer.
+    """
 
     held: int = 64  # nodes that are carried for
     held_per_source: int = 4

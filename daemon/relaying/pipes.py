@@ -1,4 +1,6 @@
-"""WebSockets as pipes: opening one to a relay, closing one for certain, and carrying a TCP connection over one."""
+"""WebSockets as pipes: opening one to a relay, closing one for certain, and carrying a TCP
+connection over one.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ FLUSH_S = 30.0  # the same where it still has an answer to read
 
 
 def session(membership: Membership) -> aiohttp.ClientSession:
-    """What relays are spoken to with: its connections last, so they are not counted with those of short requests."""
+    """What relays are spoken to with: its connections last, so they are not counted with those of
+    short requests.
+    """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -57,7 +61,8 @@ async def connected(
     heartbeat_s: float | None = None,
     close_s: float = CLOSE_S,
 ) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
-    """A WebSocket to `path` of the peer API at the end of `way`, for messages of at most `limit` bytes; closed with the context.
+    """A WebSocket to `path` of the peer API at the end of `way`, for messages of at most `limit`
+    bytes; closed with the context.
 
     Raises `Busy` when a ceiling of the other end refuses it, `Unserved` when it cannot be had.
     """
@@ -110,7 +115,9 @@ async def finish(
 
 
 def _cut(raw: Any) -> None:
-    """End a connection now, whatever it has not sent yet: closing waits for a reader that may never read."""
+    """End a connection now, whatever it has not sent yet: closing waits for a reader that may never
+    read.
+    """
     if raw is not None:
         with suppress(OSError):  # it is closed already
             raw.shutdown(socket.SHUT_RDWR)

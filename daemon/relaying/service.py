@@ -1,8 +1,8 @@
 """The relay: carries connections to nodes that asked it to, and to nobody else.
 
-It makes no connection of its own. A node that wants to be reached holds one open to here; who asks for it gets a stream that the
-node comes to take. What passes is not looked at: chats are sealed from end to end (daemon/peerchat/seal.py), announcements and
-objects prove themselves.
+It makes no connection of its own. A node that wants to be reached holds one open to here; who asks
+for it gets a stream that the node comes to take. What passes is not looked at: chats are sealed
+from end to end (daemon/peerchat/seal.py), announcements and objects prove themselves.
 
     a node is     unknown -> asked to prove itself -> held -> gone
     a call is     rung -> taken -> carried -> over
@@ -16,15 +16,15 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
 from daemon.buckets import Buckets
 from daemon.errors import NotFound, Refused, Unserved, UsageError
 from daemon.peerapi.limits import Places
 from daemon.peerapi.server import Route, source_of
 from daemon.relaying import wire
+from daemon.relaying.held import Call, Ended, Hold, new_socket, next_request
 from daemon.relaying.limits import RelayLimits
 from daemon.relaying.pipes import finish
 from daemon.relaying.streams import Ceilings, Stream
@@ -37,38 +37,9 @@ _log = logging.getLogger(__name__)
 RELAYED = "relay:"  # how the source of a connection begins that came through a relay
 
 
-@dataclass(slots=True, eq=False)
-class _Call:
-    """Somebody asks for a held node. `taken` is what the node opened, None when it went away instead."""
-
-    taken: asyncio.Future[web.WebSocketResponse | None]
-    over: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def end(self) -> None:
-        if not self.taken.done():
-            self.taken.set_result(None)
-        self.over.set()
-
-
-@dataclass(slots=True, eq=False)
-class _Hold:
-    """A node that this one carries for, its connection, its last request and the calls to it."""
-
-    ws: web.WebSocketResponse
-    request: HoldRequest
-    calls: set[_Call] = field(default_factory=set)
-
-
-class _Ended(Exception):
-    """The connection of a holder ends, with a close code and a reason."""
-
-    def __init__(self, code: int, why: str) -> None:
-        super().__init__(why)
-        self.code = code
-
-
 class RelayService:
-    """The relaying half of node `node`. `enabled` says whether it carries now, `bulk` whether model bytes too.
+    """The relaying half of node `node`. `enabled` says whether it carries now, `bulk` whether model
+    bytes too.
 
     `on_change` is called when other nodes are held, or ask for other codes to be announced.
     """
@@ -87,10 +58,11 @@ class RelayService:
         self._bulk = bulk
         self._on_change = on_change
         self._limits = limits = limits or RelayLimits()
-        self._holds: dict[str, _Hold] = {}
-        self._calls: dict[str, _Call] = {}  # by ticket, until they are taken
+        self._holds: dict[str, Hold] = {}
+        self._calls: dict[str, Call] = {}  # by ticket, until they are taken
         self._carried = 0
         self._closing = False
+        self._letting_go: set[asyncio.Task[None]] = set()
         self._held_places = Places("relay", limits.held, limits.held_per_source)
         self._askers = Places("relayed stream", limits.streams, limits.streams_per_asker)
         self._holders = Places("relayed stream", limits.streams, limits.streams_per_holder)
@@ -99,7 +71,7 @@ class RelayService:
         )
         self._bytes = Buckets(rate=limits.rate, burst=limits.burst, clock=time.monotonic)
 
-    # -- what the rest of this node asks ------------------------------------------------------------------------------
+    # -- what the rest of this node asks -----------------------------------------------------------
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -120,29 +92,37 @@ class RelayService:
         """The codes that each held node asks to be announced under this node's address."""
         return {node: hold.request.codes for node, hold in self._holds.items()}
 
-    async def refresh(self) -> None:
-        """`enabled` may say something else now: whoever is held is let go when this node relays no more."""
-        if not self._enabled():
-            await self._let_go(wire.NO_RELAY, "this node relays no more")
+    def refresh(self) -> None:
+        """`enabled` may say something else now: whoever is held is let go when this node relays no
+        more.
+        """
+        if self._holds and not self._enabled():
+            letting_go = self._let_go(wire.NO_RELAY, "this node relays no more")
+            task = asyncio.create_task(letting_go, name="let holders go")
+            self._letting_go.add(task)
+            task.add_done_callback(self._letting_go.discard)
 
     async def close(self) -> None:
         """Let everybody go. Idempotent; takes about a second at most."""
         self._closing = True
         await self._let_go(wire.GOING_AWAY, "this node stops")
+        await asyncio.gather(*self._letting_go)
 
     @asynccontextmanager
     async def call(
         self, node: str, source: str
     ) -> AsyncIterator[tuple[web.WebSocketResponse, asyncio.Event]]:
-        """A stream that `node` has taken, and what is set when it must end; it is over with the context.
+        """A stream that `node` has taken, and what is set when it must end; it is over with the
+        context.
 
-        Raises `NotFound` when the node is not held, `Busy` at a ceiling, `Unserved` when it does not come.
+        Raises `NotFound` when the node is not held, `Busy` at a ceiling, `Unserved` when it does
+        not come.
         """
         hold = self._holds.get(node)
         if hold is None:
             raise NotFound("relay", "this node does not carry for it")
         with self._askers.take(source), self._holders.take(node):
-            call = _Call(asyncio.get_running_loop().create_future())
+            call = Call(asyncio.get_running_loop().create_future())
             ticket = secrets.token_hex(16)
             self._calls[ticket] = call
             hold.calls.add(call)
@@ -153,7 +133,7 @@ class RelayService:
                 hold.calls.discard(call)
                 call.end()
 
-    # -- what others ask ----------------------------------------------------------------------------------------------
+    # -- what others ask ---------------------------------------------------------------------------
 
     def routes(self) -> Sequence[Route]:
         return [
@@ -165,14 +145,14 @@ class RelayService:
     async def _hold(self, request: web.Request) -> web.StreamResponse:
         """A node asks to be carried for, as long as this connection lasts."""
         source = self._willing(request)
-        ws = _socket(
+        ws = new_socket(
             request, limit=rules.MAX_ENVELOPE, heartbeat_s=self._limits.heartbeat_s
         )
         with self._held_places.take(source):
             await ws.prepare(request)
             try:
                 await self._keep(ws, source)
-            except _Ended as ended:
+            except Ended as ended:
                 _log.debug("a holder was let go: %s", ended)
                 await finish(ws, ended.code, str(ended))
         return ws
@@ -181,7 +161,7 @@ class RelayService:
         """Somebody asks for a stream to a node that is held."""
         source = self._willing(request)
         ceilings = self._ceilings(request.query.get("kind", wire.MESSAGES))
-        ws = _socket(request, limit=wire.MESSAGE_LIMIT)
+        ws = new_socket(request, limit=wire.MESSAGE_LIMIT)
         async with self.call("ed25519:" + request.match_info["node"], source) as (holder, over):
             await ws.prepare(request)
             stream = Stream(
@@ -196,7 +176,7 @@ class RelayService:
 
     async def _take(self, request: web.Request) -> web.StreamResponse:
         """A holder comes to take a call: whoever knows the ticket is the one that was rung."""
-        ws = _socket(request, limit=wire.MESSAGE_LIMIT)
+        ws = new_socket(request, limit=wire.MESSAGE_LIMIT)
         call = self._calls.pop(request.match_info["ticket"], None)
         if call is None or call.taken.done():
             raise NotFound("relay", "nobody waits for this")
@@ -206,10 +186,12 @@ class RelayService:
             await call.over.wait()
         return ws
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _willing(self, request: web.Request) -> str:
-        """The source of a request. Raises `Refused` when nothing is carried, or not for that source."""
+        """The source of a request. Raises `Refused` when nothing is carried, or not for that
+        source.
+        """
         source = source_of(request)
         if self._closing or not self._enabled():
             raise Refused("relay", "this node does not relay", "ask another node")
@@ -231,18 +213,19 @@ class RelayService:
         self._carried += size
 
     async def _keep(self, ws: web.WebSocketResponse, source: str) -> None:
-        """Hold a node until it closes the connection. Raises `_Ended` when it is ended from here."""
+        """Hold a node until it closes the connection. Raises `Ended` when it is ended from here.
+        """
         secret = secrets.token_hex(16)
-        hold: _Hold | None = None
+        hold: Hold | None = None
         wait_s = self._limits.request_s
         try:
             await ws.send_str(wire.challenge(secret))
-            while (envelope := await _next_request(ws, wait_s)) is not None:
+            while (envelope := await next_request(ws, wait_s)) is not None:
                 before = None if hold is None else hold.request
                 asked = self._accept(envelope, source, secret, before)
-                replaced: _Hold | None = None
+                replaced: Hold | None = None
                 if hold is None:
-                    hold = _Hold(ws, asked)
+                    hold = Hold(ws, asked)
                     replaced = self._enter(hold)
                 else:
                     hold.request = asked
@@ -259,25 +242,27 @@ class RelayService:
     def _accept(
         self, envelope: bytes, source: str, secret: str, before: HoldRequest | None
     ) -> HoldRequest:
-        """The request in `envelope`. Raises `_Ended` when it does not hold."""
+        """The request in `envelope`. Raises `Ended` when it does not hold."""
+        if not self._enabled():
+            raise Ended(wire.NO_RELAY, "this node relays no more")
         if not self._requests.take(source):
-            raise _Ended(wire.TOO_MANY, "requests come too fast")
+            raise Ended(wire.TOO_MANY, "requests come too fast")
         try:
             return rules.accept(envelope, relay=self._node, challenge=secret, before=before)
         except (Malformed, NotVerified, Stale) as error:
-            raise _Ended(wire.NOT_ACCEPTED, str(error)) from error
+            raise Ended(wire.NOT_ACCEPTED, str(error)) from error
 
-    def _enter(self, hold: _Hold) -> _Hold | None:
+    def _enter(self, hold: Hold) -> Hold | None:
         """Hold a node; gives the older connection of the same node, which is to be closed."""
         node = hold.request.node
         replaced = self._holds.get(node)
         self._holds[node] = hold
         if replaced is not None:
-            _end_calls(replaced)
+            replaced.end_calls()
         return replaced
 
-    def _leave(self, hold: _Hold) -> None:
-        _end_calls(hold)
+    def _leave(self, hold: Hold) -> None:
+        hold.end_calls()
         if self._holds.get(hold.request.node) is hold:
             del self._holds[hold.request.node]
             self._on_change()
@@ -285,10 +270,10 @@ class RelayService:
     async def _let_go(self, code: int, why: str) -> None:
         holds = list(self._holds.values())
         for hold in holds:
-            _end_calls(hold)
+            hold.end_calls()
         await asyncio.gather(*(finish(hold.ws, code, why) for hold in holds))
 
-    async def _ring(self, hold: _Hold, ticket: str, call: _Call) -> web.WebSocketResponse:
+    async def _ring(self, hold: Hold, ticket: str, call: Call) -> web.WebSocketResponse:
         try:
             async with asyncio.timeout(self._limits.take_s):
                 await hold.ws.send_str(wire.call(ticket))
@@ -298,36 +283,3 @@ class RelayService:
         if taken is None:
             raise Unserved("relay", "the node is gone", "try another relay")
         return taken
-
-
-def _end_calls(hold: _Hold) -> None:
-    for call in list(hold.calls):
-        call.end()
-
-
-def _socket(
-    request: web.Request, *, limit: int, heartbeat_s: float | None = None
-) -> web.WebSocketResponse:
-    """A WebSocket to prepare, for messages of at most `limit` bytes. Raises `UsageError` when none was asked for."""
-    ws = web.WebSocketResponse(
-        heartbeat=heartbeat_s,
-        autoping=heartbeat_s is not None,
-        max_msg_size=limit,
-        compress=False,
-    )
-    if not ws.can_prepare(request):
-        raise UsageError("relay", "this is for WebSockets")
-    return ws
-
-
-async def _next_request(ws: web.WebSocketResponse, within_s: float) -> bytes | None:
-    """The next message of a holder, None when it has closed. Raises `_Ended`."""
-    try:
-        message = await ws.receive(timeout=within_s)
-    except TimeoutError:
-        raise _Ended(wire.LATE, "no request came in time") from None
-    if message.type is WSMsgType.TEXT:
-        return str(message.data).encode()
-    if message.type is WSMsgType.BINARY:
-        raise _Ended(wire.WRONG_KIND, "requests are text")
-    return None

@@ -1,4 +1,5 @@
-"""One carried stream: the messages of two WebSockets, passed on as they come, within its ceilings."""
+"""One carried stream: the messages of two WebSockets, passed on as they come, within its ceilings.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ class _Over(Exception):
 
 
 class Stream:
-    """Carries between `asker` and `holder`. `pay` gives the seconds to pause after so many bytes, `count` is told of each."""
+    """Carries between `asker` and `holder`. `pay` gives the seconds to pause after so many bytes,
+    `count` is told of each.
+    """
 
     def __init__(
         self,
@@ -109,7 +112,8 @@ class Stream:
             self._moved = time.monotonic()
 
     async def _close(self, code: int, why: str) -> None:
-        """Whoever does not read is cut off: it would hold its connection for as long as it likes."""
+        """Whoever does not read is cut off: it would hold its connection for as long as it likes.
+        """
         flush_s = _FLUSH_S if code == wire.DONE else CLOSE_S
         await asyncio.gather(
             finish(self._asker, code, why, within_s=flush_s),

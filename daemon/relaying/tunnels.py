@@ -1,4 +1,6 @@
-"""The asking half of relaying: loopback ports whose connections come out at a node that a relay carries for."""
+"""The asking half of relaying: loopback ports whose connections come out at a node that a relay
+carries for.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ class RelayTunnels:
     ) -> AsyncIterator[str]:
         """A base URL on loopback that leads through the peer API of `relay` to that of `node`.
 
-        Each connection to it is a stream of its own. Raises `Unserved` when the relay does not carry for the node or the
-        node does not come, `Busy` when the relay is at a ceiling.
+        Each connection to it is a stream of its own. Raises `Unserved` when the relay does not
+        carry for the node or the node does not come, `Busy` when the relay is at a ceiling.
         """
         path = f"{wire.TO_PATH}{wire.hex_of(node)}?kind={kind}"
 
@@ -68,7 +70,9 @@ async def _taken(service: RelayService, node: str) -> AsyncIterator[WebSocket]:
 async def _tunnel(
     dial: Callable[[], AbstractAsyncContextManager[WebSocket]],
 ) -> AsyncIterator[str]:
-    """Each connection to the URL that this gives is carried over a socket of `dial()`, the first of which is opened at once."""
+    """Each connection to the URL that this gives is carried over a socket of `dial()`, the first of
+    which is opened at once.
+    """
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(dial())
         carrier = _Carrier(dial, first)

@@ -1,4 +1,5 @@
-"""What relay, holder and asker say to each other: paths of the peer API, close codes, and the small messages. Pure.
+"""What relay, holder and asker say to each other: paths of the peer API, close codes, and the small
+messages. Pure.
 
     holder                       relay                        asker
       | GET .../relay/hold         |                            |
@@ -15,8 +16,9 @@
       |--------------------------->|                            |
       |<======= binary messages: the bytes of one connection ==>|
 
-All are WebSockets (RFC 6455) without compression. On the first connection there are text messages alone, on the others
-binary ones alone. Whoever withdraws closes the first connection, and what it carried ends with it.
+All are WebSockets (RFC 6455) without compression. On the first connection there are text messages
+alone, on the others binary ones alone. Whoever withdraws closes the first connection, and what it
+carried ends with it.
 """
 
 from __future__ import annotations

@@ -282,7 +282,8 @@ class TorrentSession:
         """Connect to `peers` (IP, port) for the torrent with this infohash, v1 or v2; an unknown one is no error.
 
         For who wants a torrent from this node and cannot dial it: two homes that dial each other at the same time
-        get through routers that keep the port.
+        get through routers that keep the port. Enough for a download and for a small object; not for `metadata` of more
+        than one piece, since libtorrent 2.1.1 asks no peer that dialled it for piece layers.
         """
         torrent = self._torrents.get(infohash)
         if torrent is not None and torrent.handle is not None and torrent.removed is None:

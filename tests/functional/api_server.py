@@ -52,6 +52,7 @@ NODE = "ed25519:" + "ab" * 32
 OTHER = "ed25519:" + "cd" * 32
 RELAY = "ed25519:" + "1a2b3c4d" * 8
 EXPIRES = 1_900_000_000
+HEARD = 1_800_000_000.5
 # What `status` says of the network of a node on loopback that knows nobody.
 ALONE: dict[str, Any] = {
     "reachability": "unknown",
@@ -258,6 +259,9 @@ class FakePeers:
 
     def peer(self, node: str) -> Peer | None:
         return next((row for row in self.rows if row.node == node), None)
+
+    def heard(self, node: str) -> float | None:
+        return HEARD if node == OTHER else None
 
 
 class FakeGossip:

@@ -1,4 +1,6 @@
-"""A relay that lies: it speaks the protocol, carries questions as they are, and does with answers what a test wants."""
+"""A relay that lies: it speaks the protocol, carries questions as they are, and does with answers
+what a test wants.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from contextlib import asynccontextmanager
 from aiohttp import WSMsgType, web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from daemon.membership import OpenSwarm
 from daemon.peerapi.ping import Ping
 from daemon.peerapi.server import PeerApi, Route
 from daemon.peerchat.seal import RESPONSE_TYPE
@@ -16,26 +19,30 @@ from daemon.relaying import wire
 from registry.envelope import key_name
 from registry.records import Address, Peer
 
-# What becomes of the chunks of a chat's answer, each one sealed frame or two, without the last empty one.
+# What becomes of the chunks of a chat's answer, each one sealed frame or two, without the last
+# empty one.
 Lie = Callable[[list[bytes]], Sequence[bytes]]
 _SECRET = "0" * 32
+_LAST_CHUNK = b"0\r\n\r\n"
 
 
 class LiarRelay:
-    """Holds one node and takes its word for who it is. `lie` None passes everything on; `seen` are all bytes that passed."""
+    """Holds one node and takes its word for who it is. `lie` None passes everything on; `asked` is
+    what came of each asker.
+    """
 
     def __init__(self, lie: Lie | None = None) -> None:
         self.key = key_name(Ed25519PrivateKey.generate())
         self.lie = lie
         self.peer = Peer(self.key, None, Address(self.key), 0, 0)
-        self.seen: list[bytes] = []
+        self.asked: list[bytearray] = []
         self._holder: web.WebSocketResponse | None = None
         self._taken: asyncio.Queue[tuple[web.WebSocketResponse, asyncio.Event]] = asyncio.Queue()
         self._tickets = 0
 
     def routes(self) -> Sequence[Route]:
         return [
-            *Ping(self.key).routes(),
+            *Ping(self.key, OpenSwarm()).routes(),
             Route("GET", wire.HOLD_PATH, self._hold),
             Route("GET", wire.TO_PATH + "{node}", self._to),
             Route("GET", wire.TAKE_PATH + "{ticket}", self._take),
@@ -72,28 +79,28 @@ class LiarRelay:
         return asker
 
     async def _pass_on(self, near: web.WebSocketResponse, far: web.WebSocketResponse) -> None:
+        asked = bytearray()
+        self.asked.append(asked)
         async for message in near:
-            self.seen.append(message.data)
+            asked += message.data
             await far.send_bytes(message.data)
         await far.close()
 
     async def _answer(self, holder: web.WebSocketResponse, asker: web.WebSocketResponse) -> None:
-        whole = b""
-        while True:
-            message = await holder.receive()
-            if message.type is not WSMsgType.BINARY:
-                break
-            self.seen.append(message.data)
-            whole += message.data
-            if self.lie is None or RESPONSE_TYPE.encode() not in whole:
+        answer = b""
+        while (message := await holder.receive()).type is WSMsgType.BINARY:
+            answer += message.data
+            if self.lie is None or RESPONSE_TYPE.encode() not in answer:
                 await asker.send_bytes(message.data)
-                whole = b""
-        if whole and self.lie is not None:
-            head, _, body = whole.partition(b"\r\n\r\n")
+                answer = b""
+            elif answer.endswith(_LAST_CHUNK):
+                break
+        if answer and self.lie is not None:
+            head, _, body = answer.partition(b"\r\n\r\n")
             lies = self.lie(_chunks(body))
             framed = [b"%x\r\n%b\r\n" % (len(one), one) for one in lies]
             if framed:
-                await asker.send_bytes(b"".join([head, b"\r\n\r\n", *framed, b"0\r\n\r\n"]))
+                await asker.send_bytes(b"".join([head, b"\r\n\r\n", *framed, _LAST_CHUNK]))
         await asker.close()
 
 
@@ -112,7 +119,8 @@ def _chunks(body: bytes) -> list[bytes]:
 @asynccontextmanager
 async def liar(lie: Lie | None = None) -> AsyncIterator[LiarRelay]:
     relay = LiarRelay(lie)
-    async with PeerApi(relay.routes()).listening(["127.0.0.1"], 0) as ports:
+    api = PeerApi(relay.routes(), membership=OpenSwarm())
+    async with api.listening(["127.0.0.1"], 0) as ports:
         address = Address(relay.key, http=(f"http://127.0.0.1:{ports.direct}",))
         relay.peer = Peer(relay.key, None, address, 0, 0)
         yield relay

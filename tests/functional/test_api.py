@@ -123,6 +123,7 @@ async def test_lists(api: aiohttp.ClientSession) -> None:
     assert (peer["node"], peer["models"], len(peer["serving"]), peer["expires"]) == (OTHER, 2, 1, "2030-03-17T17:46:40Z")
     assert (peer["relays"], peer["relay"], peer["via"]) == ([RELAY], False, RELAY)
     assert (relay["relays"], relay["relay"], relay["via"]) == ([], True, None)
+    assert (peer["seen"], relay["seen"]) == ("2027-01-15T08:00:00Z", None)
 
 
 async def test_publish_whole_and_streamed(api: aiohttp.ClientSession) -> None:

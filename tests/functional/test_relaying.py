@@ -1,4 +1,6 @@
-"""A relay that is blind: real nodes and real sockets; only the model is a script, and the relays of some tests are liars."""
+"""A relay that is blind: real nodes and real sockets; only the model is a script, and the relays of
+some tests are liars.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon.engine.interface import ChatRequest, Delta
 from daemon.errors import InferenceError, PeerError, Unserved
-from daemon.peerapi.server import PeerApi, source_of
-from daemon.peerapi.ways import NEVER
+from daemon.membership import OpenSwarm
+from daemon.peerapi.server import PeerApi, Route, source_of
+from daemon.peerapi.ways import NEVER, Way
 from daemon.peerchat import server as chat_server
 from daemon.peerchat import wire as wire_of_chats
 from daemon.peerchat.provider import PeerProvider
 from daemon.peerchat.seal import REQUEST_TYPE, RESPONSE_TYPE, ResponseSealer
-from daemon.relaying import wire
+from daemon.relaying import pipes, wire
 from daemon.relaying.limits import RelayLimits
 from daemon.relaying.service import RelayService
+from daemon.relaying.tunnels import RelayTunnels
 from daemon.transfer.objects import Objects, object_cid
 from registry.cid import leaf_cid
 from registry.codes import code_of_cid, short
@@ -44,7 +49,9 @@ QUESTION = ChatRequest(({"role": "user", "content": "a very private prompt"},))
 async def three(
     stack: AsyncExitStack, folder: Path, script: Script, *, limits: RelayLimits | None = None
 ) -> tuple[Node, Node, Node]:
-    """A relay, a server that nobody can dial and that it carries for, and an asker that has joined the relay alone."""
+    """A relay, a server that nobody can dial and that it carries for, and an asker that has joined
+    the relay alone.
+    """
     relay = await stack.enter_async_context(
         swarm_node(folder / "relay", relays=True, relay_limits=limits)
     )
@@ -85,12 +92,13 @@ async def test_objects_come_through_a_relay(tmp_path: Path) -> None:
         server.objects[object_cid(manifest)] = manifest
         holder = asker.table.peer(server.key)
         assert holder is not None
-        objects = Objects(lambda: None, asker.ways, asker.http)
+        objects = Objects(lambda: None, asker.ways, asker.http, OpenSwarm())
         assert await objects.get(object_cid(manifest), [holder], limit=1 << 20) == manifest
 
 
 async def test_announcements_reach_it_through_its_relay(tmp_path: Path) -> None:
-    """The asker joins by an address that has nothing but the relay, and then tells what it holds."""
+    """The asker joins by an address that has nothing but the relay, and then tells what it holds.
+    """
     async with AsyncExitStack() as stack:
         relay, server, _ = await three(stack, tmp_path, Script())
         newcomer = await stack.enter_async_context(swarm_node(tmp_path / "newcomer"))
@@ -111,13 +119,15 @@ async def test_the_relay_learns_the_codes_and_forgets_them(tmp_path: Path) -> No
         await until(lambda: relay.relay.codes() == {})
 
 
-# -- R34: relays that lie -----------------------------------------------------------------------------------------------
+# -- R34: relays that lie --------------------------------------------------------------------------
 
 
 async def behind_a_liar(
     stack: AsyncExitStack, folder: Path, lie: Lie | None
 ) -> tuple[LiarRelay, Script, Node, Node]:
-    """A liar, what answers, the server that the liar carries for, and an asker that knows it through the liar alone."""
+    """A liar, what answers, the server that the liar carries for, and an asker that knows it
+    through the liar alone.
+    """
     relay = await stack.enter_async_context(liar())
     server = await stack.enter_async_context(
         swarm_node(folder / "server", direct=False, hold=[relay.peer])
@@ -189,7 +199,7 @@ async def test_r34_a_relay_that_drops_everything_is_given_up(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("lie", ["truncates", "swaps the key", "drops everything"])
 async def test_r34_an_honest_relay_is_tried_after_a_liar(tmp_path: Path, lie: str) -> None:
-    """As long as nothing has been said. The liar is nearer: it has its turn as often as not, and here until it has lied."""
+    """As long as nothing has been said. Questions are asked until the liar had its turn."""
     lied: list[str] = []
 
     def change(chunks: list[bytes]) -> Sequence[bytes]:
@@ -220,12 +230,12 @@ async def test_r34_a_question_is_answered_once_however_often_it_is_replayed(tmp_
         relay, script, server, asker = await behind_a_liar(stack, tmp_path, None)
         answer = await asker.answers.open(CID, QUESTION)
         assert await text_of(answer.deltas) == "one two three four"
-        sent = b"".join(relay.seen)
-        body = sent[sent.index(REQUEST_TYPE.encode()) :].partition(b"\r\n\r\n")[2]
-        size = int(re.findall(rb"Content-Length: (\d+)", sent)[-1])
+        sent = next(bytes(asked) for asked in relay.asked if b"POST /swarm/1/chat" in asked)
+        head, _, rest = sent[sent.index(b"POST /swarm/1/chat") :].partition(b"\r\n\r\n")
+        size = int(re.findall(rb"Content-Length: (\d+)", head)[0])
         async with asker.http.post(
             f"{server.url}/swarm/1/chat",
-            data=io.BytesIO(body[:size]),
+            data=io.BytesIO(rest[:size]),
             headers={"Content-Type": REQUEST_TYPE},
         ) as response:
             assert (response.status, "sent before" in await response.text()) == (400, True)
@@ -254,7 +264,7 @@ async def test_what_passes_a_relay_has_neither_prompt_nor_answer(
         assert secret not in whole[whole.index(b"POST /swarm/1/chat") :]
 
 
-# -- F17 and failover -----------------------------------------------------------------------------------------------------
+# -- F17 and failover ------------------------------------------------------------------------------
 
 
 async def test_f17_when_a_relay_dies_the_answer_breaks_and_the_next_takes_another(
@@ -284,7 +294,8 @@ async def test_f17_when_a_relay_dies_the_answer_breaks_and_the_next_takes_anothe
             await anext(answer.deltas)
         async with asyncio.timeout(10):
             await script.closed.wait()
-        # The server takes the next relay at once; the question goes another way, sealed anew, or it would be refused.
+        # The server takes the next relay at once; the question goes another way, sealed anew, or it
+        # would be refused.
         await until(lambda: set(server.holder.held) == {other.key for other in others})
         again = Script()
         server.serves(again)
@@ -344,7 +355,9 @@ async def test_the_server_sees_the_relay_and_not_the_asker(
 
 
 async def test_a_way_that_is_cancelled_anywhere_leaves_nothing_behind(tmp_path: Path) -> None:
-    """After so many turns of the loop: between the first connection and the answered ping, and once it is open."""
+    """After so many turns of the loop: between the first connection and the answered ping, and once
+    it is open.
+    """
     async with AsyncExitStack() as stack:
         # Nobody has joined anybody, so that no gossip passes the relay.
         relay = await stack.enter_async_context(swarm_node(tmp_path / "relay", relays=True))
@@ -372,27 +385,32 @@ async def test_a_way_that_is_cancelled_anywhere_leaves_nothing_behind(tmp_path: 
             with pytest.raises(asyncio.CancelledError):
                 await task
             await until(lambda: relay.relay.streams == 0)
-            # Those of the server's own connections end with them.
-            await until(lambda before=tasks: not _tunnels(asyncio.all_tasks() - before))  # type: ignore[misc]  # bound now
+            await until(partial(_all_ended, tasks))
             turns += 1
         assert turns > 10
         # A socket that nobody closed is a warning here, and so an error.
         gc.collect()
 
 
+def _all_ended(before: set[asyncio.Task[object]]) -> bool:
+    return not _tunnels(asyncio.all_tasks() - before)
+
+
 def _tunnels(tasks: set[asyncio.Task[object]]) -> list[str]:
     """Tasks of daemon/relaying among `tasks`."""
     names = (getattr(task.get_coro(), "__qualname__", "") for task in tasks)
-    return [name for name in names if name.startswith(("_Carrier", "pipe", "_from_socket", "_to_socket", "Stream"))]
+    ours = ("_Carrier", "pipe", "_from_socket", "_to_socket", "Stream")
+    return [name for name in names if name.startswith(ours)]
 
 
-# -- R35, R46: a relay is for those that asked it to be theirs ----------------------------------------------------------------
+# -- R35, R46: a relay is for those that asked it to be theirs -------------------------------------
 
 
 @asynccontextmanager
 async def a_relay(folder: Path, **limits: Any) -> AsyncIterator[Node]:
     generous = {"rate": 1e9, "burst": 1e9}
-    async with swarm_node(folder, relays=True, relay_limits=RelayLimits(**{**generous, **limits})) as node:
+    relay_limits = RelayLimits(**{**generous, **limits})
+    async with swarm_node(folder, relays=True, relay_limits=relay_limits) as node:
         yield node
 
 
@@ -469,7 +487,8 @@ async def test_r35_r46_a_relay_goes_to_nobody_who_did_not_ask_it_to(
             assert await refused(asks(relay, relay.key)) == 404
             for target in ("127.0.0.1:80", "http:%2F%2F127.0.0.1:80", "0" * 63, "g" * 64):
                 assert await refused(asks(relay, target)) == 404
-            assert await refused(relay.http.ws_connect(relay.url + wire.TAKE_PATH + "0" * 32)) == 404
+            nothing = relay.http.ws_connect(relay.url + wire.TAKE_PATH + "0" * 32)
+            assert await refused(nothing) == 404
         assert set(went) == {int(relay.url.rpartition(":")[2])}
 
 
@@ -482,10 +501,13 @@ async def test_r35_a_node_that_does_not_relay_refuses(tmp_path: Path) -> None:
         # One that has had enough of it lets everybody go.
     willing = [True]
     service = RelayService(
-        "ed25519:" + "07" * 32, enabled=lambda: willing[0], bulk=lambda: False, on_change=lambda: None
+        "ed25519:" + "07" * 32,
+        enabled=lambda: willing[0],
+        bulk=lambda: False,
+        on_change=lambda: None,
     )
     async with (
-        PeerApi(service.routes()).listening(["127.0.0.1"], 0) as ports,
+        PeerApi(service.routes(), membership=OpenSwarm()).listening(["127.0.0.1"], 0) as ports,
         aiohttp.ClientSession() as http,
         http.ws_connect(f"http://127.0.0.1:{ports.direct}{wire.HOLD_PATH}") as ws,
     ):
@@ -495,8 +517,9 @@ async def test_r35_a_node_that_does_not_relay_refuses(tmp_path: Path) -> None:
         await ws.send_str(signed(request, key).decode())
         assert (await ws.receive_json())["held"] is True
         willing[0] = False
-        await asyncio.gather(service.refresh(), closed(ws))
-        assert (ws.close_code, service.held) == (wire.NO_RELAY, ())
+        service.refresh()
+        assert await closed(ws) == wire.NO_RELAY
+        await until(lambda: service.held == ())
         await service.close()
 
 
@@ -657,11 +680,57 @@ async def test_a_holder_that_is_gone_without_a_word_is_noticed(tmp_path: Path) -
         await until(lambda: relay.relay.held == ())
 
 
-# -- over libp2p ------------------------------------------------------------------------------------------------------------
+async def test_candidates_that_do_not_relay_are_passed_over(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        unwilling = await stack.enter_async_context(swarm_node(tmp_path / "unwilling"))
+        nowhere = Peer(unwilling.key, None, Address(unwilling.key), 0, 0)
+        key = "ed25519:" + "07" * 32
+        gone = Peer(key, None, Address(key, http=("http://127.0.0.1:9",)), 0, 0)
+        async with swarm_node(
+            tmp_path / "server", direct=False, hold=[nowhere, gone, unwilling.peer()]
+        ) as server:
+            willing = await stack.enter_async_context(
+                swarm_node(tmp_path / "willing", relays=True)
+            )
+            assert server.holder.held == () and server.holder.points() == ()
+        hold = [nowhere, gone, unwilling.peer(), willing.peer()]
+        async with swarm_node(tmp_path / "server", direct=False, hold=hold) as server:
+            await until(lambda: server.holder.held == (willing.key,))
+            assert server.holder.points() == (f"{wire.hex_of(willing.key)}@{willing.url}",)
+            await server.holder.close()
+            await server.holder.close()
+            assert server.holder.held == ()
+            await until(lambda: willing.relay.held == ())
+
+
+async def test_a_relay_that_redirects_sends_nobody_anywhere() -> None:
+    node = "ed25519:" + "07" * 32
+    came: list[str] = []
+
+    async def elsewhere(request: web.Request) -> web.StreamResponse:
+        came.append(request.path)
+        return web.Response(status=302, headers={"Location": "/inwards"})
+
+    routes = [
+        Route("GET", wire.TO_PATH + "{node}", elsewhere),
+        Route("GET", "/inwards", elsewhere),
+    ]
+    api = PeerApi(routes, membership=OpenSwarm())
+    async with api.listening(["127.0.0.1"], 0) as ports, pipes.session(OpenSwarm()) as http:
+        way = Way(f"http://127.0.0.1:{ports.direct}")
+        with pytest.raises(Unserved):
+            async with RelayTunnels(http).through(way, node):
+                pass
+    assert came == [wire.TO_PATH + wire.hex_of(node)]
+
+
+# -- over libp2p -----------------------------------------------------------------------------------
 
 
 async def test_server_and_relay_meet_over_libp2p_alone(tmp_path: Path, kubo_binary: Path) -> None:
-    """The asker has no IPFS and reaches the relay by its URL; the server reaches it over libp2p streams."""
+    """The asker has no IPFS and reaches the relay by its URL; the server reaches it over libp2p
+    streams.
+    """
     async with AsyncExitStack() as stack:
         relay = await stack.enter_async_context(
             swarm_node(tmp_path / "relay", kubo=kubo_binary, relays=True)

@@ -63,6 +63,19 @@ async def test_a_small_object_comes_from_a_peer_by_its_infohash(
         assert list(temporary.iterdir()) == []
 
 
+async def test_a_giver_that_is_told_of_an_asker_dials_it(tmp_path: Path) -> None:
+    async with node() as giving, node() as session:
+        seed = await giving.seed_bytes(NAME, b"{}", tmp_path)
+        nobody = ("127.0.0.1", 9)
+        fetch = asyncio.ensure_future(
+            session.fetch_small(seed.infohash, [nobody], limit=LIMIT, deadline_s=60)
+        )
+        while not fetch.done():
+            giving.meet(seed.infohash, [("127.0.0.1", session.port)])
+            await asyncio.wait([fetch], timeout=0.2)
+        assert await fetch == b"{}"
+
+
 async def test_seeds_of_small_objects_are_no_models(tmp_path: Path) -> None:
     async with node() as session:
         seed = await session.seed_bytes(NAME, b"{}", tmp_path)

@@ -33,6 +33,7 @@ from daemon.engine.interface import (
     ToolCallDelta,
 )
 from daemon.errors import Ambiguous, Busy, ContextOverflow, InferenceError, NotFound, Unavailable, Unserved, UsageError, VerificationError
+from daemon.gossip import exchange
 from daemon.membership import OpenSwarm
 from daemon.peerapi.limits import Limits
 from daemon.peerapi.ping import Ping
@@ -42,9 +43,10 @@ from daemon.peerchat.provider import PeerProvider
 from daemon.peerchat.seal import REQUEST_TYPE
 from registry import announcement
 from registry.cid import leaf_cid
+from registry.codes import code_of_cid, short
 from registry.envelope import key_name, sign
 from registry.errors import Stale
-from registry.records import Address, Announcement
+from registry.records import Address, Announcement, Offer
 from tests.functional.swarm_nodes import CID, Node, Script, swarm_node, text_of, until
 
 QUESTION = ChatRequest(({"role": "user", "content": "a very private prompt"},))
@@ -648,6 +650,31 @@ async def test_what_the_peer_api_refuses(tmp_path: Path, path: str, headers: dic
         async with a.http.post(f"{a.url}/swarm/1/{path}", data=io.BytesIO(body), headers=headers) as response:
             assert response.status == status
         assert not any(loop.state == "crashed" for loop in a.supervisor.state().values())
+
+
+async def test_in_a_large_swarm_a_newcomer_gets_first_what_it_looks_for(tmp_path: Path) -> None:
+    limit = exchange.BODY_LIMIT
+    async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b:
+        sought = leaf_cid(b"sought")
+        others = [leaf_cid(b"%d" % number) for number in range(12)]
+        for number in range(120):
+            await a.gossip.receive(a_page(*(others if number % 24 else [sought, *others])))
+        assert sum(len(words) for node in a.table.envelopes().values() for words in node) > 2 * limit
+        address = a.gossip.pages.address()
+        await b.gossip.meeting.meet(address, codes=(short(code_of_cid(sought)),))
+        assert len(b.table.peers()) < 100
+        assert len([offer for offer in b.table.offers() if offer.cid == sought]) == 5
+
+
+def a_page(*cids: str) -> bytes:
+    """The page of a node that exists only on it."""
+    key = Ed25519PrivateKey.generate()
+    node = key_name(key)
+    now = time.time()
+    offers = tuple(Offer(node, cid, "1" * 40, "2" * 64, cid, "n" * 90, 1000, True) for cid in cids)
+    sequence = int(now * 1000)
+    said = Announcement(node, None, sequence, int(now) + 60, Address(node), (), offers, 0, (sequence,))
+    return sign(announcement.PAYLOAD_TYPE, announcement.build(said), key)
 
 
 async def test_wrong_envelopes_are_left_out_and_the_others_taken(tmp_path: Path) -> None:

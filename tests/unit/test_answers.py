@@ -27,11 +27,12 @@ from daemon.errors import (
     UsageError,
     VerificationError,
 )
-from daemon.gossip.exchange import BODY_LIMIT, BROUGHT, MAX_HAVE, MAX_WANT, Words, body, parse
+from daemon.gossip.exchange import BODY_LIMIT, BROUGHT, MAX_CODES, MAX_HAVE, MAX_WANT, Words, body, parse
 from daemon.membership import OpenSwarm
 from daemon.peerchat import wire
 from daemon.peerchat.seal import FRAME_LIMIT
 from registry import announcement, strictjson
+from registry import codes as short_codes
 from registry.cid import leaf_cid
 from registry.errors import Malformed
 from registry.records import Offer
@@ -190,12 +191,14 @@ def test_an_exchange_never_exceeds_its_limit(sizes: list[int], known: int) -> No
     envelopes = [b'"' * (size // 2) + b"x" * (size - size // 2) for size in sizes]
     have = {f"{number:016x}": announcement.MAX_SEQUENCE for number in range(known)}
     want = {node: range(announcement.MAX_PAGES) for node in have}
-    data = body(Words(envelopes, have, want), BROUGHT, OpenSwarm())
+    codes = [short_codes.code_of_cid(leaf_cid(b"%d" % number))[:7] for number in range(known)]
+    data = body(Words(envelopes, have, want, codes), BROUGHT, OpenSwarm())
     assert len(data) <= BODY_LIMIT
     said = parse(data, BROUGHT, OpenSwarm())
     assert said.envelopes == envelopes[: len(said.envelopes)]
     assert said.have == dict(list(have.items())[:MAX_HAVE])
     assert said.want == {node: list(pages) for node, pages in list(want.items())[:MAX_WANT]}
+    assert said.codes == tuple(codes[:MAX_CODES])
 
 
 FORGED = [
@@ -205,6 +208,8 @@ FORGED = [
         ("have", {"f" * 16: 1 << 60}), ("have", {f"{number:016x}": 1 for number in range(MAX_HAVE + 1)}), ("want", None),
         ("want", {"../": [1]}), ("want", {"f" * 16: 1}), ("want", {"f" * 16: [64]}), ("want", {"f" * 16: [-1]}),
         ("want", {"f" * 16: [True]}), ("want", {"f" * 16: [0] * 65}), ("want", {f"{number:016x}": [] for number in range(MAX_WANT + 1)}),
+        ("codes", None), ("codes", {}), ("codes", [1]), ("codes", ["abcdef"]), ("codes", ["abcdefgh"]), ("codes", ["abcdef1"]),
+        ("codes", ["ABCDEFG"]), ("codes", ["abcdefg"] * (MAX_CODES + 1)),
     ]
 ]  # fmt: skip
 

@@ -370,7 +370,8 @@ async def test_who_moves_to_another_swarm_knows_nobody_there(tmp_path: Path) -> 
             await settle(ledger, swarm)
             assert await ledger.call(Ledger.peers) == []
             assert json.loads(await ledger.call(Ledger.get_meta, "swarm.joined") or "[]") == []
-            await ledger.call(Ledger.save_peer, Peer(OTHER, None, Address(OTHER), 1, 2**53 - 1), 0, [])
+            known = Peer(OTHER, None, Address(OTHER), 1, 2**53 - 1)
+            await ledger.call(Ledger.save_peers, [known], [])
             await ledger.call(Ledger.set_meta, "swarm.joined", '["an address"]')
             await settle(ledger, swarm)
             assert len(await ledger.call(Ledger.peers)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import suppress
 from itertools import permutations
@@ -14,10 +15,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon.buckets import Buckets
 from daemon.errors import Busy, NoSpace, Refused
+from daemon.gossip.exchange import chosen
 from daemon.gossip.peers import OFFER_BYTES, PeerTable, Standing
 from daemon.ledger import LedgerThread
 from registry import announcement as rules
 from registry.cid import leaf_cid
+from registry.codes import code_of_cid, short
 from registry.envelope import key_name, sign
 from registry.errors import Stale
 from registry.records import Address, Announcement, Offer
@@ -115,6 +118,61 @@ async def test_offers_expire_and_the_node_is_remembered_for_a_week(ledger: Ledge
     peers.prune()
     await peers.mirror()
     assert peers.remembered() == [] and await ledger.call(Ledger.peers) == []
+
+
+async def test_addresses_are_there_after_a_restart(ledger: LedgerThread, clock: list[int]) -> None:
+    a, after_a_crash = Speaker(clock), table(ledger, clock)
+    address = Address(a.node, bittorrent=("192.0.2.1:6881",), http=("http://192.0.2.1:8788",))
+    said = Announcement(a.node, None, NOW * 1000, NOW + 30, address, (), relay=True)
+    before = table(ledger, clock)
+    await before.open()
+    before.accept(sign(rules.PAYLOAD_TYPE, rules.build(said), a.key))
+    assert before.heard(a.node) == NOW
+    await before.mirror()
+    clock[0] += 24 * 3600
+    await after_a_crash.open()
+    [known] = after_a_crash.remembered()
+    assert (known.address, known.relay) == (address, True)
+    assert after_a_crash.peers() == [] and after_a_crash.heard(a.node) is None
+    await after_a_crash.close()
+    after = table(ledger, clock)
+    await after.open()
+    assert after.remembered() == [known]
+
+
+async def test_of_too_many_in_the_ledger_the_latest_are_remembered(ledger: LedgerThread, clock: list[int]) -> None:
+    before, speakers = table(ledger, clock), [Speaker(clock) for _ in range(6)]
+    for speaker in speakers:
+        clock[0] += 1
+        before.accept(speaker.beat())
+    await before.mirror()
+    after = table(ledger, clock, limit=3, standing={speakers[0].node: "trusted"})
+    await after.open()
+    latest = {speakers[0].node, speakers[4].node, speakers[5].node}
+    assert {peer.node for peer in after.remembered()} == latest
+    await after.close()
+    assert {peer.node for peer in await ledger.call(Ledger.peers)} == latest
+
+
+async def test_the_pages_of_a_code(ledger: LedgerThread, clock: list[int], cids: list[str]) -> None:
+    peers, a, b = table(ledger, clock), Speaker(clock), Speaker(clock)
+    peers.accept(a.says(cids[0]))
+    sought = [a.says(cids[1], cids[2], page=1), b.says(cids[1])]
+    for page in sought:
+        peers.accept(page)
+    full = code_of_cid(cids[1])
+    assert peers.pages_with([short(full)]) == peers.pages_with([full, short(code_of_cid(cids[2]))]) == set(sought)
+    assert peers.pages_with([short(code_of_cid(cids[4]))]) == set()
+    # Whoever looks for it gets the newest word of each node before the page, and both before all others.
+    newest = a.beat()
+    peers.accept(newest)
+    others = [Speaker(clock) for _ in range(9)]
+    for other in others:
+        peers.accept(other.says(cids[3]))
+    said = chosen([b"ours"], peers.envelopes(), sought=peers.pages_with([full]), shuffle=random.Random())
+    assert said[0] == b"ours" and set(said[1:4]) == {newest, *sought}
+    assert said.index(newest) < said.index(sought[0])
+    assert len(said) == len(set(said)) == 5 + len(others)
 
 
 # -- beats and pages --------------------------------------------------------------------------------------------------------
