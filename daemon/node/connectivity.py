@@ -90,7 +90,6 @@ class Connectivity:
         self.reachability = Reachability(
             self.node,
             self.ways,
-            http,
             membership,
             ports=self._own_ports,
             judges=self._judges,

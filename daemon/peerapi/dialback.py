@@ -11,6 +11,7 @@ made to knock at a third party's door. What is dialled:
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,12 +131,7 @@ class DialBack:
 
 
 async def ask(
-    http: aiohttp.ClientSession,
-    way: Way,
-    node: str,
-    ports: Mapping[str, int],
-    *,
-    membership: Membership,
+    way: Way, node: str, ports: Mapping[str, int], *, membership: Membership
 ) -> tuple[Verdict, int | None]:
     """What the node at the end of `way` sees of us, and the local port that the question left from.
 
@@ -144,20 +140,35 @@ async def ask(
     question = strictjson.dumps({"node": node, "ports": dict(ports)})
     body = membership.seal(question, _QUESTION)
     kind = membership.media_type("application/json")
-    headers = {**way.headers, "Content-Type": kind, "Connection": "close"}
-    timeout = aiohttp.ClientTimeout(total=_ASK_S)
+    headers = {**way.headers, "Content-Type": kind}
+    # A connection of its own, from a port that is known: an answer this short is over, and its connection gone, when it is read.
+    left_from: list[int] = []
+
+    def bound(info: aiohttp.AddrInfoType) -> socket.socket:
+        family, type_, protocol, *_ = info
+        made = socket.socket(family, type_, protocol)
+        made.bind(("", 0))
+        left_from.append(made.getsockname()[1])
+        return made
+
     try:
-        async with http.post(
-            way.url + PATH, data=body, headers=headers, timeout=timeout, allow_redirects=False
-        ) as response:
-            transport = response.connection.transport if response.connection else None
-            local = transport.get_extra_info("sockname") if transport else None
+        async with (
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(socket_factory=bound, force_close=True),
+                timeout=aiohttp.ClientTimeout(total=_ASK_S),
+                auto_decompress=False,
+                middlewares=(membership.middleware,),
+            ) as http,
+            http.post(
+                way.url + PATH, data=body, headers=headers, allow_redirects=False
+            ) as response,
+        ):
             data = await response.content.read(_LIMIT + membership.overhead + 1)
             if response.status != 200:
                 raise Unserved("dial-back", f"a node answered {response.status}")
     except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
         raise Unserved("dial-back", "the node that was asked does not answer") from error
-    return _parse_verdict(data, membership), local[1] if local else None
+    return _parse_verdict(data, membership), left_from[-1] if left_from else None
 
 
 def _parse(sealed: bytes, membership: Membership) -> tuple[str, dict[str, int]]:
