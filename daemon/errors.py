@@ -12,6 +12,7 @@
     │   ├── VerificationError  4  the bytes or the signature are wrong, or could not be checked
     │   ├── Unserved           5  nobody could answer or give the bytes
     │   │   └── Unreachable       no way led to the node, so it was asked nothing
+    │   │       └── Declined          for its relay's owner does not want to carry this
     │   └── Busy               5  somebody could, but is at its limit
     ├── BackendError           this machine
     │   ├── NoSpace            6  the disk is full
@@ -100,6 +101,10 @@ class Unserved(PeerError):
 
 
 class Unreachable(Unserved):
+    pass
+
+
+class Declined(Unreachable):
     pass
 
 

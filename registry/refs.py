@@ -2,6 +2,9 @@
 
 Reading is by form alone, without looking anything up. In magnets, trackers (`tr=`), web seeds (`ws=`) and exact sources
 (`xs=`, `as=`) are dropped: they would make this node connect wherever the link's author likes.
+
+A parameter of our own, `x.mf=<40 hex>`, is the v1 infohash of the small torrent of the model's signed manifest
+(docs/transfers.md). Other `x.` parameters but `x.pe` are ignored (BEP 9 leaves them to whoever uses them).
 """
 
 from __future__ import annotations
@@ -40,13 +43,17 @@ class CidRef:
 
 @dataclass(frozen=True, slots=True)
 class MagnetRef:
-    """A torrent by at least one infohash; `peers` are host:port (`x.pe`), `size` bytes (`xl`)."""
+    """A torrent by at least one infohash; `peers` are host:port (`x.pe`), `size` bytes (`xl`).
+
+    `manifest` is the v1 infohash, in hex, of the torrent of its signed manifest (`x.mf`).
+    """
 
     infohash: str | None
     infohash_v2: str | None
     name: str | None = None
     peers: tuple[str, ...] = ()
     size: int | None = None
+    manifest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +123,15 @@ def parse_ref(text: str) -> Ref:
     return _word(text)
 
 
-def magnet(infohash: str | None, infohash_v2: str | None, name: str, size: int | None) -> str:
-    """Our magnet link: both infohashes where they are known, the name and the size; no trackers, no web seeds (BEP 9, BEP 52)."""
+def magnet(
+    infohash: str | None,
+    infohash_v2: str | None,
+    name: str,
+    size: int | None,
+    manifest: str | None = None,
+) -> str:
+    """Our magnet link: both infohashes where they are known, the name, the size, and the infohash of the manifest's
+    torrent; no trackers, no web seeds (BEP 9, BEP 52)."""
     fields = []
     if infohash:
         fields.append(f"xt=urn:btih:{infohash}")
@@ -128,6 +142,8 @@ def magnet(infohash: str | None, infohash_v2: str | None, name: str, size: int |
     fields.append("dn=" + quote(name, safe=""))
     if size is not None:
         fields.append(f"xl={size}")
+    if manifest is not None:
+        fields.append(f"x.mf={manifest}")
     return "magnet:?" + "&".join(fields)
 
 
@@ -186,6 +202,7 @@ def _magnet(text: str) -> MagnetRef:
     names: list[str] = []
     peers: list[str] = []
     sizes: list[str] = []
+    manifests: set[str] = set()
     for key, value in fields:
         if re.fullmatch(r"xt(\.[0-9]+)?", key):
             kind, infohash = _topic(value)
@@ -197,12 +214,29 @@ def _magnet(text: str) -> MagnetRef:
             peers.append(endpoints.host_port(value))
         elif key == "xl":
             sizes.append(value)
+        elif key == "x.mf":
+            manifests.add(_manifest(value))
     if not found:
         raise Malformed("the magnet has no BitTorrent infohash")
     if len(peers) > MAX_MAGNET_PEERS:
         raise Malformed(f"the magnet has more than {MAX_MAGNET_PEERS} peers")
-    name = display_name(names[0]) if names and names[0] else None
-    return MagnetRef(found.get("btih"), found.get("btmh"), name, tuple(dict.fromkeys(peers)), _size(sizes))
+    if len(manifests) > 1:
+        raise Malformed("the magnet names two manifests")
+    return MagnetRef(
+        found.get("btih"),
+        found.get("btmh"),
+        name=display_name(names[0]) if names and names[0] else None,
+        peers=tuple(dict.fromkeys(peers)),
+        size=_size(sizes),
+        manifest=next(iter(manifests), None),
+    )
+
+
+def _manifest(value: str) -> str:
+    """What cannot be read must not be left out: the magnet would lead to an unsigned model."""
+    if not _HEX40.fullmatch(value):
+        raise Malformed("the infohash of the magnet's manifest does not have its form")
+    return value.lower()
 
 
 def _topic(value: str) -> tuple[str | None, str]:

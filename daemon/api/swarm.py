@@ -22,7 +22,8 @@ class OutOfDate(UsageError):
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    return web.json_response([views.swarm_model(known) for known in views.swarm_models(services(request))])
+    here = services(request)
+    return web.json_response([views.swarm_model(here, known) for known in views.swarm_models(here)])
 
 
 async def list_peers(request: web.Request) -> web.StreamResponse:

@@ -32,7 +32,13 @@ def model(services: Services, model: Model) -> dict[str, Any]:
         "cid": identity.cid,
         "infohash": identity.infohash,
         "infohash_v2": identity.infohash_v2,
-        "magnet": refs.magnet(identity.infohash, identity.infohash_v2, model.name, identity.size),
+        "magnet": refs.magnet(
+            identity.infohash,
+            identity.infohash_v2,
+            model.name,
+            identity.size,
+            services.library.manifest_infohash(model.manifest),
+        ),
         "manifest": model.manifest,
         "blake3": identity.blake3,
         "sha256": identity.sha256,
@@ -78,7 +84,8 @@ def swarm_models(services: Services) -> list[SwarmModel]:
     return routing.aggregate(services.peers.offers(), services.own_offers())
 
 
-def swarm_model(known: SwarmModel) -> dict[str, Any]:
+def swarm_model(services: Services, known: SwarmModel) -> dict[str, Any]:
+    """A model of the swarm. Its magnet names the manifest where that is here: only its bytes tell its torrent."""
     infohash, infohash_v2 = known.infohash, known.infohash_v2
     return {
         "name": known.name,
@@ -87,7 +94,7 @@ def swarm_model(known: SwarmModel) -> dict[str, Any]:
         "cid": known.cid,
         "infohash": infohash,
         "infohash_v2": infohash_v2,
-        "magnet": refs.magnet(infohash, infohash_v2, known.name, known.size) if infohash or infohash_v2 else None,
+        "magnet": _magnet(services, known) if infohash or infohash_v2 else None,
         "manifest": known.manifest,
         "serving": known.serving,
         "nodes": known.nodes,
@@ -98,10 +105,15 @@ def swarm_model(known: SwarmModel) -> dict[str, Any]:
     }
 
 
+def _magnet(services: Services, known: SwarmModel) -> str:
+    manifest = services.library.manifest_infohash(known.manifest)
+    return refs.magnet(known.infohash, known.infohash_v2, known.name, known.size, manifest)
+
+
 def upstream(services: Services, served: Upstream) -> dict[str, Any]:
     """A model of another server that is served here; as any model of the swarm, with its limits."""
     [known] = (model for model in swarm_models(services) if model.cid == served.offer.cid)
-    return {**swarm_model(known), "context": served.offer.context_length, "slots": served.slots, "free_slots": served.free_slots}
+    return {**swarm_model(services, known), "context": served.offer.context_length, "slots": served.slots, "free_slots": served.free_slots}
 
 
 def peer(services: Services, item: Peer) -> dict[str, Any]:

@@ -4,17 +4,15 @@
 
 Each envelope is the signed text as its node wrote it, so it does not matter who passes it on; whoever speaks puts its own
 first. `have` says whose newest word is known (a node is named by the first 16 hex digits of its key): what is newer is given,
-and what `want` asks for. Without `have` nothing is asked. Both are about the one who sends them, so a lie costs only the liar.
-`codes` are those of the models that the asker looks for: in a large swarm one answer has no room for everybody, and who offers
-one of them comes first.
-In a closed swarm both bodies are sealed.
+and what `want` asks for. Without `have` only what `want` names is given. Both are about the one who sends them, so a lie
+costs only the liar. `codes` are those of the models that the asker looks for: in a large swarm one answer has no room for
+everybody, and who offers one of them comes first. In a closed swarm both bodies are sealed.
 """
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +42,7 @@ _CODE = re.compile(rf"[a-z2-7]{{{short_codes.SHORT}}}")
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """One direction of an exchange. `have` is None where nothing is asked; both name nodes by `rules.node_id`."""
+    """One direction of an exchange. `have` is None where only what `want` names is asked for; both name nodes by `rules.node_id`."""
 
     envelopes: Sequence[bytes] = ()
     have: Mapping[str, int] | None = None
@@ -98,27 +96,6 @@ def wanted(fields: Any) -> dict[str, Sequence[int]]:
         if not all(_is_whole(page, rules.MAX_PAGES - 1) for page in pages):
             raise Malformed("want must list the numbers of pages")
     return want
-
-
-def chosen(
-    own: Sequence[bytes],
-    others: Mapping[str, Sequence[bytes]],
-    *,
-    sought: Set[bytes] = frozenset(),
-    shuffle: random.Random,
-) -> list[bytes]:
-    """Ours first, then the `sought` pages, then the nodes in a new order each time, so that in a large swarm every one gets its turn.
-
-    The first of the words of a node is its newest, which its pages count by: it comes before a sought page.
-    """
-    nodes = list(others)
-    shuffle.shuffle(nodes)
-    first: list[bytes] = []
-    for node in nodes:
-        pages = [envelope for envelope in others[node] if envelope in sought]
-        first += [others[node][0], *pages] if pages else []
-    rest = (envelope for node in nodes for envelope in others[node])
-    return list(dict.fromkeys([*own, *first, *rest]))
 
 
 def speaker(envelope: bytes) -> Announcement:

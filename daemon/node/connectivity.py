@@ -303,6 +303,12 @@ class Connectivity:
             return ()
         return (network.host_port(host, self._torrents.port),)
 
+    def outside(self) -> list[tuple[str, int]]:
+        """The (IP, port) at which BitTorrent peers may find us when both dial: right where a router keeps the port."""
+        if self._torrents is None or not self.reachability.external:
+            return []
+        return [(self.reachability.external[0], self._torrents.port)]
+
     def _urls(self) -> tuple[str, ...]:
         """Base URLs of our peer API."""
         if self._config.network != "public":

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import aiohttp
-from aiohttp import web
+from aiohttp import AddrInfoType, web
 
 from daemon.buckets import Buckets
 from daemon.config import Network
@@ -131,7 +131,11 @@ class DialBack:
 
 
 async def ask(
-    way: Way, node: str, ports: Mapping[str, int], *, membership: Membership
+    way: Way,
+    node: str,
+    ports: Mapping[str, int],
+    *,
+    membership: Membership,
 ) -> tuple[Verdict, int | None]:
     """What the node at the end of `way` sees of us, and the local port that the question left from.
 
@@ -141,26 +145,17 @@ async def ask(
     body = membership.seal(question, _QUESTION)
     kind = membership.media_type("application/json")
     headers = {**way.headers, "Content-Type": kind}
-    # A connection of its own, from a port that is known: an answer this short is over, and its connection gone, when it is read.
-    left_from: list[int] = []
-
-    def bound(info: aiohttp.AddrInfoType) -> socket.socket:
-        family, type_, protocol, *_ = info
-        made = socket.socket(family, type_, protocol)
-        made.bind(("", 0))
-        left_from.append(made.getsockname()[1])
-        return made
-
+    timeout = aiohttp.ClientTimeout(total=_ASK_S)
+    left_from = _LocalPort()
+    # A connection of its own: only so is it known which port it leaves from.
+    connector = aiohttp.TCPConnector(socket_factory=left_from.socket)
     try:
         async with (
             aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(socket_factory=bound, force_close=True),
-                timeout=aiohttp.ClientTimeout(total=_ASK_S),
-                auto_decompress=False,
-                middlewares=(membership.middleware,),
+                connector=connector, middlewares=(membership.middleware,)
             ) as http,
             http.post(
-                way.url + PATH, data=body, headers=headers, allow_redirects=False
+                way.url + PATH, data=body, headers=headers, timeout=timeout, allow_redirects=False
             ) as response,
         ):
             data = await response.content.read(_LIMIT + membership.overhead + 1)
@@ -168,7 +163,21 @@ async def ask(
                 raise Unserved("dial-back", f"a node answered {response.status}")
     except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
         raise Unserved("dial-back", "the node that was asked does not answer") from error
-    return _parse_verdict(data, membership), left_from[-1] if left_from else None
+    return _parse_verdict(data, membership), left_from.port
+
+
+class _LocalPort:
+    """Makes sockets, and knows the local port of the last one."""
+
+    def __init__(self) -> None:
+        self.port: int | None = None
+
+    def socket(self, info: AddrInfoType) -> socket.socket:
+        family, kind, protocol, _, _ = info
+        made = socket.socket(family, kind, protocol)
+        made.bind(("", 0))
+        self.port = int(made.getsockname()[1])
+        return made
 
 
 def _parse(sealed: bytes, membership: Membership) -> tuple[str, dict[str, int]]:

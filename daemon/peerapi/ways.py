@@ -30,10 +30,11 @@ from typing import Any, Protocol, TypeVar
 import aiohttp
 
 from daemon.config import Network
-from daemon.errors import SwarmError, Unreachable, Unserved, VerificationError
+from daemon.errors import Declined, SwarmError, Unreachable, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.membership import ASKED, Membership
 from daemon.peerapi.ping import ping
+from daemon.relaying.wire import BYTES, MESSAGES, Kind
 from registry import ranges
 from registry.endpoints import peer_of, relay_address
 from registry.records import Address, Peer
@@ -70,8 +71,13 @@ class Way:
 class Relays(Protocol):
     """The asking half of relaying (daemon/relaying)."""
 
-    def through(self, relay: Way, node: str) -> AbstractAsyncContextManager[str]:
-        """A base URL on loopback that leads through the peer API of `relay` to `node`'s. Raises `Unserved` or `Busy`."""
+    def through(
+        self, relay: Way, node: str, *, kind: Kind = MESSAGES
+    ) -> AbstractAsyncContextManager[str]:
+        """A base URL on loopback that leads through the peer API of `relay` to `node`'s.
+
+        Raises `Unserved`, `Declined` where the relay's owner does not want this `kind`, or `Busy`.
+        """
         ...
 
     def carried_here(self, node: str) -> AbstractAsyncContextManager[str] | None:
@@ -129,14 +135,17 @@ class Ways:
         via: str = AUTO,
         avoid: Collection[str] = (),
         deadline_s: float = CONNECT_S,
+        bulk: bool = False,
     ) -> AsyncIterator[Way]:
-        """The first way to a peer's peer API that works; it stays open while the context lasts.
+        """The first way to a peer's peer API that works; it stays open while the context lasts. `bulk`: for bytes of models,
+        which few relays carry.
 
         Relays in `avoid` are not used: one may carry a ping and drop what follows.
 
-        Raises `Unreachable` with the reason of each way that failed, `VerificationError` when another node answers everywhere.
+        Raises `Unreachable` with the reason of each way that failed (`Declined` where one was a relay that does not want to),
+        `VerificationError` when another node answers everywhere.
         """
-        candidates = self._candidates(peer, via, avoid)
+        candidates = self._candidates(peer, via, avoid, kind=BYTES if bulk else MESSAGES)
         if not candidates and via not in (AUTO, NEVER):
             raise Unserved("peer", f"node {via.removeprefix('ed25519:')[:8]} does not carry for it")
         if _says_how(peer):
@@ -203,6 +212,7 @@ class Ways:
         via: str,
         avoid: Collection[str] = (),
         *,
+        kind: Kind = MESSAGES,
         named_by_a_person: bool = False,
     ) -> list[_Candidate]:
         address = peer.address
@@ -217,10 +227,12 @@ class Ways:
             if peer.peer_id is not None:
                 found.append(_Candidate(self._libp2p(peer.peer_id, address.ipfs)))
         if via != NEVER:
-            found += self._relayed(peer, via, avoid)
+            found += self._relayed(peer, via, avoid, kind)
         return found
 
-    def _relayed(self, peer: Peer, via: str, avoid: Collection[str]) -> list[_Candidate]:
+    def _relayed(
+        self, peer: Peer, via: str, avoid: Collection[str], kind: Kind
+    ) -> list[_Candidate]:
         relays = self.relays
         if relays is None:
             return []
@@ -235,7 +247,7 @@ class Ways:
             named = [one for one in carriers if one.node == via]
             carriers = named or ([known] if known is not None and known.relay else [])
         return [
-            _Candidate(self._over(relays, one, peer.node), delay)
+            _Candidate(self._over(relays, one, peer.node, kind), delay)
             for one in carriers
             if one.node not in avoid
         ]
@@ -261,10 +273,12 @@ class Ways:
             yield Way(f"http://{host}:{port}")
 
     @asynccontextmanager
-    async def _over(self, relays: Relays, carrier: Peer, node: str) -> AsyncIterator[Way]:
+    async def _over(
+        self, relays: Relays, carrier: Peer, node: str, kind: Kind
+    ) -> AsyncIterator[Way]:
         async with (
             self.to(carrier, via=NEVER) as first_leg,
-            relays.through(first_leg, node) as url,
+            relays.through(first_leg, node, kind=kind) as url,
         ):
             yield Way(url, carrier.node)
 
@@ -278,6 +292,8 @@ class Ways:
         race = _Race(len(candidates))
         try:
             return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+        except Declined:
+            raise
         except Unserved as error:
             raise Unreachable(error.what, error.why, error.hint) from error
 
@@ -375,7 +391,8 @@ def _peer_id(address: Address) -> str | None:
 async def first(ways: Iterable[Coroutine[Any, Any, T]]) -> T:
     """What the first way to succeed returns; the others are cancelled.
 
-    When all fail with a `SwarmError`: raises the only one, else `Unserved` with every reason. Any other exception at once.
+    When all fail with a `SwarmError`: raises the only one, else `Unserved` with every reason (`Declined` if that was one of
+    them). Any other exception at once.
     What a way that came second holds open is closed.
     """
     tasks = [asyncio.create_task(way) for way in ways]
@@ -397,7 +414,9 @@ async def first(ways: Iterable[Coroutine[Any, Any, T]]) -> T:
     if failures and all(isinstance(failure, VerificationError) for failure in failures):
         raise failures[0]
     reasons = dict.fromkeys(failure.why for failure in failures)
-    raise Unserved("peer", "; ".join(reasons) or "there is no way to it", "check that it runs, and its address")
+    declined = any(isinstance(failure, Declined) for failure in failures)
+    why = "; ".join(reasons) or "there is no way to it"
+    raise (Declined if declined else Unserved)("peer", why, "check that it runs, and its address")
 
 
 async def _let_go(task: asyncio.Task[Any], winner: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import aiohttp
 from aiohttp import WSMsgType, web
 
-from daemon.errors import Busy, Unserved
+from daemon.errors import Busy, Declined, Unserved
 from daemon.membership import Membership
 from daemon.peerapi.ways import Way
 from daemon.relaying import wire
@@ -64,7 +64,7 @@ async def connected(
     """A WebSocket to `path` of the peer API at the end of `way`, for messages of at most `limit`
     bytes; closed with the context.
 
-    Raises `Busy` when a ceiling of the other end refuses it, `Unserved` when it cannot be had.
+    Raises `Busy` when a ceiling of the other end refuses it, `Declined` when its owner does, `Unserved` when it cannot be had.
     """
     try:
         async with asyncio.timeout(deadline_s):
@@ -90,6 +90,8 @@ async def connected(
 
 
 def _refused(status: int) -> Busy | Unserved:
+    if status == 403:
+        return Declined("relay", "it does not carry this for others", "try another relay")
     if status == 429:
         return Busy("relay", "it carries as much as it takes", "try another relay")
     if status == 404:

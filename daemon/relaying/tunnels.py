@@ -38,8 +38,8 @@ class RelayTunnels:
     ) -> AsyncIterator[str]:
         """A base URL on loopback that leads through the peer API of `relay` to that of `node`.
 
-        Each connection to it is a stream of its own. Raises `Unserved` when the relay does not
-        carry for the node or the node does not come, `Busy` when the relay is at a ceiling.
+        Each connection to it is a stream of its own. Raises `Unserved` when the relay does not carry for the node or the
+        node does not come, `Declined` when its owner does not want it to carry this kind, `Busy` when it is at a ceiling.
         """
         path = f"{wire.TO_PATH}{wire.hex_of(node)}?kind={kind}"
 

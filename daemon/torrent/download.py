@@ -90,6 +90,9 @@ class Download:
         """Pieces that are not verified yet, in file order. All of them until `checked`."""
         return list(self._missing)
 
+    def is_missing(self, index: int) -> bool:
+        return index in self._missing
+
     @property
     def verified(self) -> int:
         """Bytes in pieces that passed their hash, wherever they came from."""

@@ -1,7 +1,8 @@
 """One download under way: which source draws when, what is counted, and when it is over.
 
 IPFS has a head start. BitTorrent joins when IPFS stalls, fails or is absent, and when IPFS alone would take long: from then
-on both draw, and whichever dies, nothing verified is fetched again.
+on both draw, and whichever dies, nothing verified is fetched again. While neither brings anything, holders are asked over their peer
+API, through a relay where its owner allows it: a third node then carries every byte, so it is the last resort.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from daemon.errors import SwarmError, Unavailable, Unserved
+from daemon.errors import Busy, Declined, SwarmError, Unavailable, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.torrent.download import Download
-from daemon.transfer.sources import IpfsSource, PieceSink, RateLimit, unwrap
+from daemon.transfer.ranges import HolderReader, Holders
+from daemon.transfer.sources import PieceSink, RangeSource, RateLimit, unwrap
 from daemon.transfer.transfers import Transfer
 from registry.records import Peer
 
@@ -25,6 +27,9 @@ _HEAD_START_S = 3.0  # of IPFS before BitTorrent is thought of
 _SHORT_S = 10.0  # what IPFS alone may still take without BitTorrent's help
 _PATIENCE = 6  # stall times that a slow IPFS range may be silent before it is given back
 _CONNECT_S = 3.0
+_HOPELESS_S = 20.0  # without a byte, where no holder can be dialled and no relay carries bytes of models
+_HOLDER_AGAIN_S = 3.0  # between two tries to reach holders over their peer API
+_HOLDER_WORKERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +46,24 @@ class Sources:
 
     ipfs: Callable[[], IpfsNode | None]
     ipfs_enabled: bool
+    holders: Holders
     limit: RateLimit
     patience: Patience
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One file. `holders` gives who is known to have it by now, `peers` (IP, port) those of them on BitTorrent."""
+    """One file. `holders` gives who is known to have it by now, `peers` (IP, port) those of them on BitTorrent.
+
+    `checked`: the sink finds out wrong pieces, so that anybody may bring them.
+    """
 
     what: str
     size: int  # bytes
     cid: str | None
     holders: Callable[[], Sequence[Peer]]
     peers: Callable[[], Sequence[tuple[str, int]]]
+    checked: bool = True
 
 
 class Fetch:
@@ -66,17 +76,19 @@ class Fetch:
         self._sink = sink
         self._download = download
         self._join = asyncio.Event()
-        self._ipfs_done = asyncio.Event()
+        self._whole = asyncio.Event()
         self._started = time.monotonic()
-        self._last_ipfs = self._last_any = self._started
-        self._ipfs_bytes = 0
+        self._last_ipfs = self._last_any = self._last_near = self._started
+        self._ipfs_bytes = self._from_peers = 0
+        self._declined = False  # all holders are known to be behind relays that carry no bytes of models
 
     async def run(self) -> None:
         self._transfer.sources["disk"] = self._here()
         self._count()
         try:
             async with asyncio.TaskGroup() as group:
-                helpers = [group.create_task(self._draw_from_ipfs()), group.create_task(self._watch())]
+                draws = (self._draw_from_ipfs(), self._draw_from_holders(), self._watch())
+                helpers = [group.create_task(draw) for draw in draws]
                 if self._download is not None:
                     helpers.append(group.create_task(self._draw_from_peers(self._download)))
                 await self._complete()
@@ -90,8 +102,7 @@ class Fetch:
         if self._download is not None:
             await self._download.finished()
             return
-        # Only IPFS fills a leaf sink, and it does not end before nothing is missing.
-        await self._ipfs_done.wait()
+        await self._whole.wait()
 
     async def _draw_from_ipfs(self) -> None:
         pause = 1.0
@@ -104,7 +115,7 @@ class Fetch:
                     return
                 await asyncio.sleep(0.5)
                 continue
-            source = IpfsSource(
+            source = RangeSource(
                 node,
                 cid,
                 self._wanted.size,
@@ -123,7 +134,8 @@ class Fetch:
             pause = 1.0 if self._ipfs_bytes > before else min(2 * pause, 30.0)
             if self._sink.missing():
                 await asyncio.sleep(pause)
-        self._ipfs_done.set()
+        if not self._sink.missing():
+            self._whole.set()
         self._join.set()
 
     async def _connect(self, node: IpfsNode) -> None:
@@ -138,7 +150,53 @@ class Fetch:
     def _from_ipfs(self, amount: int) -> None:
         self._ipfs_bytes += amount
         self._transfer.sources["ipfs"] += amount
-        self._last_ipfs = self._last_any = time.monotonic()
+        self._last_ipfs = self._last_any = self._last_near = time.monotonic()
+
+    async def _draw_from_holders(self) -> None:
+        """Over the peer API of holders, while neither IPFS nor BitTorrent brings anything."""
+        cid = self._wanted.cid
+        turns = _Turns(self._wanted.holders)
+        while cid is not None and self._wanted.checked:
+            wait = self._last_near + self._sources.patience.stall - time.monotonic()
+            if wait > 0:
+                await asyncio.sleep(wait)
+                continue
+            try:
+                async with self._sources.holders.reader(turns.next()) as reader:
+                    self._declined = False
+                    await self._draw_from_holder(reader, cid, turns)
+            except (Unserved, Busy) as error:
+                log.info("no holder of %s is reached over its peer API: %s", cid, error)
+                self._declined = isinstance(error, Declined)
+            await asyncio.sleep(_HOLDER_AGAIN_S)
+
+    async def _draw_from_holder(self, reader: HolderReader, cid: str, turns: _Turns) -> None:
+        try:
+            await self._range_source(reader, cid).run()
+        except Unserved as error:
+            log.info("a holder does not deliver %s: %s", cid, error)
+            turns.pass_over(reader.node)
+        except VerificationError as error:
+            log.warning("a holder gives wrong bytes of %s and is asked no more: %s", cid, error)
+            turns.strike(reader.node)
+
+    def _range_source(self, reader: HolderReader, cid: str) -> RangeSource:
+        patience = self._sources.patience
+        return RangeSource(
+            reader,
+            cid,
+            self._wanted.size,
+            self._sink,
+            self._sources.limit,
+            self._from_holder,
+            stall_s=_PATIENCE * patience.stall,
+            workers=_HOLDER_WORKERS,
+            go_on=lambda: time.monotonic() - self._last_near > patience.stall,
+        )
+
+    def _from_holder(self, amount: int) -> None:
+        self._transfer.sources["https"] += amount
+        self._last_any = time.monotonic()
 
     async def _draw_from_peers(self, download: Download) -> None:
         await self._join.wait()
@@ -155,6 +213,7 @@ class Fetch:
             now = time.monotonic()
             if self._transfer.received > received:
                 self._last_any = now
+            self._raise_if_hopeless(now)
             if now - self._last_any > patience.give_up:
                 raise Unserved(
                     self._wanted.what,
@@ -165,6 +224,16 @@ class Fetch:
                 self._join.set()
             if self._join.is_set() and self._download is not None:
                 self._end_game()
+
+    def _raise_if_hopeless(self, now: float) -> None:
+        """Nothing can come where only relays lead to the holders and none of them carries bytes of models."""
+        silent_s = now - self._last_any
+        if self._declined and self._transfer.peers == 0 and silent_s > _HOPELESS_S:
+            raise Unserved(
+                self._wanted.what,
+                "no holder can be dialled, and no relay carries model bytes",
+                "a public node that holds it, or swarm.relay_bytes on a relay, would help",
+            )
 
     def _help_wanted(self, now: float) -> bool:
         """IPFS is gone or silent, or would alone still take long after its head start."""
@@ -188,7 +257,37 @@ class Fetch:
 
     def _count(self) -> None:
         self._transfer.received = self._here()
-        if self._download is not None:
-            sources = self._transfer.sources
-            sources["bittorrent"] = max(0, self._transfer.received - sources["disk"] - sources["ipfs"])
-            self._transfer.peers = self._download.peers
+        if self._download is None:
+            if not self._sink.missing():
+                self._whole.set()
+            return
+        sources = self._transfer.sources
+        others = sources["disk"] + sources["ipfs"] + sources["https"]
+        sources["bittorrent"] = max(0, self._transfer.received - others)
+        self._transfer.peers = self._download.peers
+        if self._download.received_from_peers > self._from_peers:
+            self._from_peers = self._download.received_from_peers
+            self._last_near = time.monotonic()
+
+
+class _Turns:
+    """Which holders are asked next: one that failed waits until all the others had their turn, a liar for ever."""
+
+    def __init__(self, holders: Callable[[], Sequence[Peer]]) -> None:
+        self._holders = holders
+        self._passed_over: set[str] = set()
+        self._struck: set[str] = set()
+
+    def next(self) -> list[Peer]:
+        honest = [one for one in self._holders() if one.node not in self._struck]
+        fresh = [one for one in honest if one.node not in self._passed_over]
+        if fresh:
+            return fresh
+        self._passed_over.clear()
+        return honest
+
+    def pass_over(self, node: str) -> None:
+        self._passed_over.add(node)
+
+    def strike(self, node: str) -> None:
+        self._struck.add(node)

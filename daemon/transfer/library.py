@@ -19,6 +19,7 @@ from daemon.engine import gguf
 from daemon.errors import Ambiguous, NotFound, Refused, SwarmError, UsageError
 from daemon.ipfs.interface import IpfsNode
 from daemon.ledger import LedgerThread
+from daemon.transfer import manifests
 from daemon.transfer.identify import Identified, identify
 from daemon.transfer.objects import object_cid
 from daemon.transfer.seeding import Seeding, pinned_for
@@ -160,6 +161,20 @@ class Library:
                 return record.envelope.encode()
             if record.model.torrent == cid:
                 return await asyncio.to_thread(self._store.read_torrent, record.model.identity.blake3)
+        return None
+
+    def shared_file(self, cid: str) -> Path | None:
+        """The file of a sound model by its CID, to give to whoever asks; None when there is none."""
+        for record in self._records.values():
+            if record.model.identity.cid == cid and record.model.quarantined is None:
+                return self.path(record.model)
+        return None
+
+    def manifest_infohash(self, cid: str | None) -> str | None:
+        """The v1 infohash of the torrent of a manifest that is here, by the manifest's CID; None when it is not."""
+        for record in self._records.values():
+            if cid is not None and record.envelope is not None and record.model.manifest == cid:
+                return manifests.torrent_of(record.envelope).infohash
         return None
 
     def usable(self, model: Model) -> Path:

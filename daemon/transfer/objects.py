@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 MANIFEST_LIMIT = 64 << 10  # bytes
 TORRENT_LIMIT = 32 << 20
 _DEADLINE_S = 15.0
-_HOLDERS = 8  # nodes asked for one object
+_HOLDERS = 64  # nodes asked for one object at most
+_AT_ONCE = 8
+_SILENCE_S = 4.0  # after which a holder that gives nothing makes room for the next
 _PATH = "/swarm/1/object/"
 _SEALED = "object"  # what is sealed
 
@@ -55,12 +57,18 @@ class Objects:
     async def get(
         self, cid: str, holders: Sequence[Peer], *, limit: int, deadline_s: float = _DEADLINE_S
     ) -> bytes:
-        """The bytes that `cid` names, from IPFS and from the holders at once. Raises `Unserved` when nobody gives them."""
-        asks: list[Coroutine[Any, Any, bytes]] = []
+        """The bytes that `cid` names, from IPFS and from the holders at once, those heard of last first.
+
+        So many holders are asked at a time; one that is silent makes room for the next. Raises `Unserved` when nobody gives them.
+        """
+        recent = sorted(holders, key=lambda holder: -holder.expires)[:_HOLDERS]
+        gate = asyncio.Semaphore(_AT_ONCE)
+        asks: list[Coroutine[Any, Any, bytes]] = [
+            self._from_peer(holder, cid, limit, gate) for holder in recent
+        ]
         node = self._ipfs()
         if node is not None:
             asks.append(node.read_bytes(cid, limit=limit, deadline_s=deadline_s))
-        asks += [self._from_peer(holder, cid, limit) for holder in holders[:_HOLDERS]]
         tasks = [asyncio.create_task(ask) for ask in asks]
         try:
             async with asyncio.timeout(deadline_s):
@@ -81,11 +89,17 @@ class Objects:
             await asyncio.gather(*tasks, return_exceptions=True)
         raise Unserved(cid, "nobody gave it", "join a node that has it and try again")
 
-    async def _from_peer(self, holder: Peer, cid: str, limit: int) -> bytes:
+    async def _from_peer(
+        self, holder: Peer, cid: str, limit: int, gate: asyncio.Semaphore
+    ) -> bytes:
         async with (
+            gate,
             self._ways.to(holder) as way,
             self._session.get(
-                way.url + _PATH + cid, headers=way.headers, allow_redirects=False
+                way.url + _PATH + cid,
+                headers=way.headers,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=None, sock_read=_SILENCE_S),
             ) as response,
         ):
             if response.status != 200:

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from daemon.engine import gguf
 from daemon.errors import Unavailable, Unserved, UsageError, VerificationError
+from daemon.ipfs.interface import IpfsNode
 from daemon.torrent import metainfo
+from daemon.torrent.download import Download
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Fetch, Sources, Wanted
 from daemon.transfer.identify import Identified, identify
+from daemon.transfer.introductions import Introductions
 from daemon.transfer.library import Arrival, Library
 from daemon.transfer.publish import Publisher
 from daemon.transfer.resolve import Plan, Resolver, check_torrent
-from daemon.transfer.sources import LeafSink
+from daemon.transfer.sources import LeafSink, unwrap
 from daemon.transfer.store import Record, Store
 from daemon.transfer.transfers import Transfer
 from daemon.waiting import KeyLocks
@@ -31,6 +35,7 @@ from registry.records import GgufFacts, Model
 log = logging.getLogger(__name__)
 
 _METADATA_S = 20.0
+_AGAIN_S = 0.5  # between two tries to find out what a file is made of
 _FILE = "model.gguf"
 
 
@@ -43,6 +48,7 @@ class Puller:
         publisher: Publisher,
         torrents: TorrentSession | None,
         sources: Sources,
+        introductions: Introductions | None,
     ) -> None:
         self._store = store
         self._library = library
@@ -50,6 +56,7 @@ class Puller:
         self._publisher = publisher
         self._torrents = torrents
         self._sources = sources
+        self._introductions = introductions
         self._fetching = KeyLocks()  # by Plan.key
 
     async def pull(self, transfer: Transfer, text: str) -> Model:
@@ -110,22 +117,46 @@ class Puller:
     # -- fetching ---------------------------------------------------------------------------------------------------
 
     async def _with_torrent(self, plan: Plan) -> Plan:
-        """The plan with its .torrent: by its manifest, else from the BitTorrent swarm; without, when only the CID is known."""
-        torrent = await self._resolver.published_torrent(plan)
-        if torrent is None and self._torrents is not None and (plan.infohash or plan.infohash_v2):
-            try:
-                torrent = await self._torrents.metadata(
-                    plan.infohash, plan.infohash_v2, self._bittorrent_peers(plan), deadline_s=_METADATA_S
-                )
-            except Unserved:
-                if plan.cid is None or self._sources.ipfs() is None:
-                    raise
-            else:
-                check_torrent(plan, torrent)
+        """The plan with its .torrent: by its manifest, else from the BitTorrent swarm; without, when only the CID is known.
+
+        Where a magnet names the manifest, manifest and .torrent are asked of the BitTorrent swarm at once.
+        """
+        torrent: bytes | None = None
+        if plan.manifest_torrent is not None:
+            plan, torrent = await self._manifest_and_metadata(plan)
+        if torrent is None:
+            torrent = await self._resolver.published_torrent(plan)
+        if torrent is None and plan.manifest_torrent is None:
+            torrent = await self._metadata(plan)
         if torrent is None:
             return plan
+        check_torrent(plan, torrent)
         facts = metainfo.parse(torrent)
         return replace(plan, torrent=torrent, size=facts.size, infohash=facts.infohash, infohash_v2=facts.infohash_v2)
+
+    async def _manifest_and_metadata(self, plan: Plan) -> tuple[Plan, bytes | None]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                signed = group.create_task(self._resolver.named_manifest(plan, self._bittorrent_peers(plan)))
+                metadata = group.create_task(self._metadata(plan))
+        except BaseExceptionGroup as errors:
+            raise unwrap(errors) from errors
+        return signed.result(), metadata.result()
+
+    async def _metadata(self, plan: Plan) -> bytes | None:
+        """The .torrent from the BitTorrent swarm. None where IPFS can do without. Raises `Unserved`."""
+        if self._torrents is None or not (plan.infohash or plan.infohash_v2):
+            return None
+        try:
+            return await self._torrents.metadata(
+                plan.infohash, plan.infohash_v2, self._bittorrent_peers(plan), deadline_s=_METADATA_S
+            )
+        except Unserved:
+            # A manifest that is still on its way will tell the CID.
+            cid_known = plan.cid is not None or plan.manifest_torrent is not None
+            if cid_known and self._sources.ipfs() is not None:
+                return None
+            raise
 
     async def _fetch_and_verify(self, transfer: Transfer, plan: Plan) -> tuple[Identified, GgufFacts, Arrival]:
         if plan.size is None:
@@ -166,25 +197,51 @@ class Puller:
     async def _fetch(self, transfer: Transfer, plan: Plan, path: Path) -> None:
         if plan.torrent is not None and self._torrents is not None:
             download = await self._torrents.download(plan.torrent, path.parent, path.name)
+            introducing = asyncio.create_task(self._introduce(plan, download))
             try:
                 await download.checked()
                 await Fetch(self._sources, self._wanted(plan), transfer, download, download).run()
             finally:
+                introducing.cancel()
+                await asyncio.gather(introducing, return_exceptions=True)
                 await download.close()
             return
-        node = self._sources.ipfs()
-        if plan.cid is None or node is None:
+        if plan.cid is None or self._sources.ipfs() is None:
             raise Unavailable(
                 plan.name or plan.ref, "IPFS is not running and no torrent of it is known", "swarmctl doctor tells what is missing"
             )
-        leaves = await node.leaves(plan.cid, deadline_s=self._sources.patience.give_up)
+        node, leaves = await self._leaves(plan.cid)
         size = plan.size or 0
         ours = len(leaves) == max(1, -(-size // LEAF_SIZE))
         sink = LeafSink(path, size, leaves if ours else [])
         await sink.check()
-        await Fetch(self._sources, self._wanted(plan), transfer, sink, None).run()
+        # Without leaves of ours only IPFS itself checks what comes.
+        wanted = replace(self._wanted(plan), checked=ours)
+        await Fetch(self._sources, wanted, transfer, sink, None).run()
         if not ours:
             await node.drop_blocks(leaves)
+
+    async def _leaves(self, cid: str) -> tuple[IpfsNode, list[str]]:
+        """The leaves of a file, from the IPFS node of now: it may start again while it looks for them."""
+        give_up = self._sources.patience.give_up
+        deadline = time.monotonic() + give_up
+        while True:
+            node = self._sources.ipfs()
+            try:
+                if node is None:
+                    raise Unavailable("IPFS", "it is not running", "swarmctl status tells its state")
+                return node, await node.leaves(cid, deadline_s=give_up)
+            except (Unavailable, Unserved):
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _introduce(self, plan: Plan, download: Download) -> None:
+        """Have holders that cannot be dialled dial us, as long as the download runs."""
+        infohash = plan.infohash_v2 or plan.infohash
+        if self._introductions is not None and infohash is not None:
+            holders = partial(self._resolver.holders_of, plan)
+            await self._introductions.keep(infohash, holders, download.add_peers)
 
     def _wanted(self, plan: Plan) -> Wanted:
         return Wanted(

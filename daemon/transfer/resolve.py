@@ -1,7 +1,8 @@
 """From what a person typed to a plan: which bytes are wanted, what is promised about them, and who has them.
 
-A manifest is believed only when its signature verifies, and only about the bytes that were asked for; where an offer names
-a manifest, the pull does not go on without it. "Wrong" (a bad signature) and "could not check" (nobody gave it) are told apart.
+A manifest is believed only when its signature verifies, and only about the bytes that were asked for; where an offer
+or a magnet names a manifest, the pull does not go on without it. "Wrong" (a bad signature) and "could not check" (nobody gave it)
+are told apart.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from daemon.errors import Ambiguous, NotFound, Refused, SwarmError, Unavailable, Unserved, UsageError, VerificationError
 from daemon.gossip.rendezvous import Search
 from daemon.ipfs.interface import IpfsNode
 from daemon.torrent import metainfo
+from daemon.transfer import manifests
 from daemon.transfer.objects import MANIFEST_LIMIT, TORRENT_LIMIT, Objects, object_cid
 from daemon.trust import TrustBook
 from registry import codes, envelope, manifest, refs, routing, upstream
@@ -32,6 +34,7 @@ _LOOK_S = 0.1
 _MANIFESTS = 16  # of one model that are looked at, those that most nodes name first
 _STANDING: tuple[Trust, ...] = ("trusted", "pinned", "unknown", "MISMATCH", "blocked")
 _CID_DEADLINE_S = 30.0  # how long IPFS may look for a bare CID
+_MANIFEST_S = 30.0  # for a manifest over BitTorrent: its DHT is entered within 15 s, and asked within 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class Plan:
     torrent: bytes | None = None
     holders: tuple[Peer, ...] = ()
     bittorrent: tuple[str, ...] = ()  # host:port that the reference itself named
+    manifest_torrent: str | None = None  # v1 infohash of the manifest that the magnet names
     file: Path | None = None  # a local file to take in
 
     @property
@@ -70,8 +74,19 @@ class Announced(Protocol):
     def peer(self, node: str) -> Peer | None: ...
 
 
+class SmallTorrents(Protocol):
+    """What is asked of `TorrentSession`."""
+
+    async def fetch_small(
+        self, infohash: str, peers: Sequence[tuple[str, int]] = (), *, limit: int, deadline_s: float
+    ) -> bytes: ...
+
+
 class Resolver:
-    """`search` looks for nodes that have what a reference means, until its second argument says that it was found."""
+    """`search` looks for nodes that have what a reference means, until its second argument says that it was found.
+
+    `torrents` is None where BitTorrent is switched off.
+    """
 
     def __init__(
         self,
@@ -81,7 +96,9 @@ class Resolver:
         ipfs: Callable[[], IpfsNode | None],
         ipfs_enabled: bool,
         search: Search,
+        torrents: SmallTorrents | None,
     ) -> None:
+        self._torrents = torrents
         self._objects = objects
         self._peers = peers
         self._trust = trust
@@ -171,9 +188,15 @@ class Resolver:
 
     def holders_of(self, plan: Plan) -> tuple[Peer, ...]:
         """Whoever has it by now: nodes that announced it since the plan was made come in as well."""
-        offers = [o for o in self._peers.offers() if o.cid == plan.cid or (o.infohash_v2 and o.infohash_v2 == plan.infohash_v2)]
-        by_node = {peer.node: peer for peer in [*plan.holders, *self._peers_of(offers)]}
+        by_node = {peer.node: peer for peer in [*plan.holders, *self._peers_of(self._offers_of(plan))]}
         return tuple(by_node.values())
+
+    def _offers_of(self, plan: Plan) -> list[Offer]:
+        def same(offer: Offer) -> bool:
+            pairs = ((offer.cid, plan.cid), (offer.infohash, plan.infohash), (offer.infohash_v2, plan.infohash_v2))
+            return any(offered is not None and offered == wanted for offered, wanted in pairs)
+
+        return [offer for offer in self._peers.offers() if same(offer)]
 
     # -- manifests --------------------------------------------------------------------------------------------------
 
@@ -256,18 +279,54 @@ class Resolver:
             )
 
         offers = [offer for offer in self._peers.offers() if same(offer)]
+        if not offers and self._torrents is None:
+            # BitTorrent, which would ask others for the rest, is off: only who announces it can tell what it is.
+            offers = await self._heard_of(text, same)
         known = Plan(
             ref=text, name=magnet.name or "", size=magnet.size, infohash=magnet.infohash, infohash_v2=magnet.infohash_v2,
-            bittorrent=magnet.peers,
+            bittorrent=magnet.peers, manifest_torrent=magnet.manifest,
         )  # fmt: skip
         if not offers:
             return known
+        if magnet.manifest is not None:
+            return replace(known, holders=self._peers_of(offers))
         plan = replace(await self._from_offers(text, offers), bittorrent=magnet.peers)
         if plan.signed_by is not None:
             return plan
         # Without a signature only the magnet says which bytes are wanted. Where the offers differ, one of them lies about them.
         agreed = len({(offer.cid, offer.size) for offer in offers}) == 1
         return replace(known, holders=plan.holders, cid=plan.cid if agreed else None, size=plan.size if agreed else magnet.size)
+
+    async def named_manifest(self, plan: Plan, peers: Sequence[tuple[str, int]]) -> Plan:
+        """The plan with the manifest that its magnet names, which is asked of the BitTorrent swarm, of `peers` (IP, port), and
+        of those who announce it.
+
+        Raises as `believe`, and `VerificationError` when nobody gives it: what was to be signed is not taken unsigned.
+        """
+        infohash = plan.manifest_torrent
+        assert infohash is not None
+        announced = dict.fromkeys(offer.manifest for offer in self._offers_of(plan) if offer.manifest)
+        holders = self.holders_of(plan)
+        asks = [self._announced_as(cid, holders, infohash) for cid in list(announced)[:_MANIFESTS]]
+        if self._torrents is not None:
+            asks.append(_from_swarm(self._torrents, infohash, peers))
+        envelope = await _first_of(asks)
+        if envelope is None:
+            raise VerificationError(
+                plan.name or plan.ref,
+                "its signature could not be checked, nobody gave the manifest that the magnet names",
+                "try again when its publisher is online, or with a newer magnet",
+            )
+        data = envelope.encode()
+        return self.believe(plan, object_cid(data), data)
+
+    async def _announced_as(self, cid: str, holders: Sequence[Peer], infohash: str) -> str:
+        """A manifest that somebody announces, if it is the one with the infohash. Raises `Unserved`."""
+        data = await self._objects.get(cid, holders, limit=MANIFEST_LIMIT)
+        try:
+            return manifests.checked(data, infohash)
+        except VerificationError as error:
+            raise Unserved(cid, "it is another manifest of the same bytes") from error
 
     # -- the torrent ------------------------------------------------------------------------------------------------
 
@@ -282,6 +341,32 @@ class Resolver:
             return check_torrent(plan, await self._objects.get(named, plan.holders, limit=TORRENT_LIMIT))
         except Unserved:
             return None
+
+
+async def _from_swarm(torrents: SmallTorrents, infohash: str, peers: Sequence[tuple[str, int]]) -> str:
+    data = await torrents.fetch_small(infohash, peers, limit=MANIFEST_LIMIT, deadline_s=_MANIFEST_S)
+    return manifests.checked(data, infohash)
+
+
+async def _first_of(asks: Iterable[Coroutine[Any, Any, str]]) -> str | None:
+    """The first manifest to come; None when nobody gives one, `VerificationError` when what came is wrong."""
+    tasks = [asyncio.create_task(ask) for ask in asks]
+    wrong: VerificationError | None = None
+    try:
+        for first in asyncio.as_completed(tasks):
+            try:
+                return await first
+            except VerificationError as error:
+                wrong = error
+            except SwarmError as error:
+                log.debug("the manifest was not to be had there: %s", error)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    if wrong is not None:
+        raise wrong
+    return None
 
 
 def parse(text: str) -> refs.Ref:

@@ -1,4 +1,7 @@
-"""Keeps every model of the store pinned on IPFS and seeded on BitTorrent, from the one file on disk."""
+"""Keeps every model of the store pinned on IPFS and seeded on BitTorrent, from the one file on disk.
+
+Its signed manifest is pinned and seeded beside it, so that either network brings a model that can be verified.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from daemon.errors import BackendError, SwarmError, VerificationError
 from daemon.ipfs.interface import IpfsNode
+from daemon.torrent.entry import Seed
 from daemon.torrent.session import TorrentSession
+from daemon.transfer import manifests
 from daemon.transfer.store import Record, Store
 from registry.records import Model
 
@@ -23,6 +28,7 @@ class Seeding:
         self._torrents = torrents
         self._ipfs = ipfs
         self._ipfs_enabled = ipfs_enabled
+        self._manifests: dict[str, Seed] = {}  # of the models that are seeded, by their blake3
 
     async def hold(self, record: Record, blocks: Sequence[str]) -> list[str]:
         """Seed and pin one model. `blocks` are cached blocks of it that may be dropped, so that the disk holds it once.
@@ -53,6 +59,7 @@ class Seeding:
         """Seed and pin a model no more. What an IPFS that goes away in the middle keeps of it, `forget` removes later."""
         if self._torrents is not None:
             await self._torrents.forget(model.identity.infohash_v2)
+            await self._release_manifest(self._torrents, model.identity.blake3)
         node = self._ipfs()
         if node is not None:
             await self.forget(node, pinned_for(model))
@@ -65,6 +72,9 @@ class Seeding:
                 log.warning("cannot unpin %s: %s", cid, error)
 
     async def seed_all(self, records: Sequence[Record]) -> None:
+        """Seed what the store has. Manifests of models that it has no more are removed."""
+        kept = {record.model.manifest for record in records if record.model.quarantined is None}
+        await asyncio.to_thread(self._store.clean_manifests, {manifests.file_name(cid) for cid in kept if cid})
         for record in records:
             if record.model.quarantined is None:
                 try:
@@ -82,8 +92,29 @@ class Seeding:
 
     async def _seed(self, record: Record) -> None:
         torrent = await asyncio.to_thread(self._store.read_torrent, record.model.identity.blake3)
-        if self._torrents is not None and torrent is not None:
+        if self._torrents is None:
+            return
+        if torrent is not None:
             await self._torrents.seed(torrent, self._store.path(record.model.identity.blake3))
+        await self._seed_manifest(self._torrents, record)
+
+    async def _seed_manifest(self, torrents: TorrentSession, record: Record) -> None:
+        """Seed the manifest that the model has now; one that it had before is forgotten."""
+        model, envelope = record.model, record.envelope
+        blake3 = model.identity.blake3
+        before = self._manifests.get(blake3)
+        now = None if envelope is None else manifests.torrent_of(envelope).infohash_v2
+        if before is not None and before.infohash_v2 != now:
+            await self._release_manifest(torrents, blake3)
+        if envelope is not None and model.manifest is not None:
+            name = manifests.file_name(model.manifest)
+            self._manifests[blake3] = await torrents.seed_bytes(name, envelope.encode(), self._store.torrents)
+
+    async def _release_manifest(self, torrents: TorrentSession, blake3: str) -> None:
+        seed = self._manifests.pop(blake3, None)
+        if seed is not None:
+            await torrents.forget(seed.infohash_v2)
+            await asyncio.to_thread(seed.path.unlink, missing_ok=True)
 
     async def _pin(self, node: IpfsNode, record: Record, blocks: Sequence[str]) -> None:
         model = record.model

@@ -2,7 +2,7 @@
 
 A `PieceSink` is the one writer of the file and checks every piece before it counts. With a .torrent that is libtorrent
 (daemon/torrent/session.py: `Download`); for a model known by CID alone it is `LeafSink`, which checks each 1 MiB leaf
-against its CID. `IpfsSource` feeds either from the IPFS node by parallel ranges.
+against its CID. `RangeSource` feeds either by parallel ranges from whoever reads them: the IPFS node, or a holder's peer API.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Protocol
 
 from daemon.errors import SwarmError, VerificationError
-from daemon.ipfs.interface import IpfsNode
 from daemon.transfer.store import disk_errors
 from daemon.waiting import Stopped, stoppable
 from registry.cid import LEAF_SIZE, leaf_cid
@@ -35,6 +34,8 @@ class PieceSink(Protocol):
 
     def missing(self) -> list[int]: ...
 
+    def is_missing(self, index: int) -> bool: ...
+
     async def put(self, index: int, data: bytes) -> bool:
         """Store one piece if it is right. False: the bytes are wrong. Raises `NoSpace` or `Unavailable`."""
         ...
@@ -45,6 +46,22 @@ class PieceSink(Protocol):
 
     def include(self, pieces: Sequence[int]) -> None:
         """These may come from anywhere again."""
+        ...
+
+
+class RangeReader(Protocol):
+    """Gives ranges of a file by its CID; the IPFS node is one."""
+
+    async def leaves(self, cid: str, *, deadline_s: float) -> list[str]:
+        """CIDs of the leaves of which the reader keeps copies, in file order; empty where it keeps none."""
+        ...
+
+    def read_range(self, cid: str, offset: int, length: int, *, stall_s: float) -> AsyncIterator[bytes]:
+        """Bytes `offset` to `offset + length`. Raises `Unserved` when none comes for `stall_s`, `Unavailable`."""
+        ...
+
+    async def drop_blocks(self, cids: Sequence[str]) -> None:
+        """Forget the copies of these leaves."""
         ...
 
 
@@ -86,6 +103,9 @@ class LeafSink:
     def missing(self) -> list[int]:
         return sorted(self._missing)
 
+    def is_missing(self, index: int) -> bool:
+        return index in self._missing
+
     async def put(self, index: int, data: bytes) -> bool:
         if not await asyncio.to_thread(self._write, index, data):
             return False
@@ -124,29 +144,44 @@ class RateLimit:
             await asyncio.sleep(wait)
 
 
-class IpfsSource:
-    """Draws the missing pieces of a file through an IPFS node; the node's cached copies are dropped as the file grows."""
+class RangeSource:
+    """Draws the missing pieces of a file through a reader, whose copies of them are dropped as the file grows.
+
+    `on_bytes` is told of each piece that it brought. It takes on no more ranges once `go_on` says no.
+    """
 
     def __init__(
-        self, node: IpfsNode, cid: str, size: int, sink: PieceSink, limit: RateLimit, on_bytes: Callable[[int], None], *, stall_s: float
+        self,
+        reader: RangeReader,
+        cid: str,
+        size: int,
+        sink: PieceSink,
+        limit: RateLimit,
+        on_bytes: Callable[[int], None],
+        *,
+        stall_s: float,
+        workers: int = _WORKERS,
+        go_on: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._node = node
+        self._reader = reader
         self._size = size
         self._cid = cid
         self._sink = sink
         self._limit = limit
         self._on_bytes = on_bytes
         self._stall_s = stall_s
+        self._workers = workers
+        self._go_on = go_on
         self._leaves: list[str] = []
         self._in_flight: set[int] = set()
         self._to_drop: list[str] = []
 
     async def run(self) -> None:
         """Until nobody has to bring any piece. Raises `Unserved`, `Unavailable`, `VerificationError` or `NoSpace`."""
-        leaves = await self._node.leaves(self._cid, deadline_s=self._stall_s)
+        leaves = await self._reader.leaves(self._cid, deadline_s=self._stall_s)
         # Leaves of another layout are dropped when the whole is there.
         self._leaves = leaves if len(leaves) == -(-self._size // LEAF_SIZE) else []
-        workers = [asyncio.create_task(self._work()) for _ in range(_WORKERS)]
+        workers = [asyncio.create_task(self._work()) for _ in range(self._workers)]
         try:
             await asyncio.gather(*workers)
         finally:
@@ -156,7 +191,7 @@ class IpfsSource:
         await self._drop(all_of_them=True)
 
     async def _work(self) -> None:
-        while pieces := self._next_run():
+        while self._go_on() and (pieces := self._next_run()):
             self._in_flight.update(pieces)
             self._sink.exclude(pieces)
             try:
@@ -173,7 +208,7 @@ class IpfsSource:
 
     async def _fetch(self, pieces: Sequence[int]) -> None:
         sizes = [self._sink.piece_size(piece) for piece in pieces]
-        chunks = self._node.read_range(self._cid, pieces[0] * self._sink.piece_length, sum(sizes), stall_s=self._stall_s)
+        chunks = self._reader.read_range(self._cid, pieces[0] * self._sink.piece_length, sum(sizes), stall_s=self._stall_s)
         waiting = iter(pieces)
         async for data in _regrouped(self._limited(chunks), sizes):
             await self._store(next(waiting), data)
@@ -186,20 +221,23 @@ class IpfsSource:
     async def _store(self, piece: int, data: bytes) -> None:
         if piece == 0 and not data.startswith(b"GGUF"):
             raise VerificationError(self._cid, "the bytes are not a GGUF model", "check the code or CID with whoever gave it")
-        for _ in range(_PUTS):
-            if await self._sink.put(piece, data):
-                break
-        else:
-            raise VerificationError(self._cid, f"piece {piece} is not what was promised", "check the code or CID with whoever gave it")
-        self._on_bytes(len(data))
+        if self._sink.is_missing(piece):  # no other source was quicker
+            await self._put(piece, data)
+            self._on_bytes(len(data))
         first = piece * self._sink.piece_length // LEAF_SIZE
         self._to_drop += self._leaves[first : first + -(-len(data) // LEAF_SIZE)]
         await self._drop(all_of_them=False)
 
+    async def _put(self, piece: int, data: bytes) -> None:
+        for _ in range(_PUTS):
+            if await self._sink.put(piece, data):
+                return
+        raise VerificationError(self._cid, f"piece {piece} is not what was promised", "check the code or CID with whoever gave it")
+
     async def _drop(self, *, all_of_them: bool) -> None:
         if self._to_drop and (all_of_them or len(self._to_drop) >= _DROP_BATCH):
             batch, self._to_drop = self._to_drop, []
-            await self._node.drop_blocks(batch)
+            await self._reader.drop_blocks(batch)
 
 
 async def _regrouped(chunks: AsyncIterator[bytes], sizes: Sequence[int]) -> AsyncIterator[bytes]:

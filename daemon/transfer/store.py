@@ -1,5 +1,7 @@
 """The model store on disk: `models/<blake3>.gguf` with its record `models/<blake3>.json`, and `torrents/<blake3>.torrent`.
 
+`torrents/<CID>.json` are signed manifests, for BitTorrent to seed: copies of what stands in the records, made again when lost.
+
 A model is in the store when its file is: the file comes last, by one rename, and goes first. A crash in between leaves a record
 that nobody reads, never a file of which nothing is known. Everything that the ledger says about models can be told again from
 here. All functions block; call them in a thread.
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -151,6 +153,13 @@ class Store:
             return (self.torrents / f"{blake3}.torrent").read_bytes()
         except OSError:
             return None
+
+    def clean_manifests(self, kept: Set[str]) -> None:
+        """Remove the files of manifests but those with a name in `kept`."""
+        with disk_errors("manifest"):
+            for path in self.torrents.glob("*.json"):
+                if path.name not in kept:
+                    path.unlink()
 
     def write_record(self, record: Record) -> None:
         document = {"model": asdict(record.model), "envelope": record.envelope}

@@ -122,6 +122,9 @@ class FakeLibrary:
     def trust(self, model: Model) -> Trust:
         return "trusted"
 
+    def manifest_infohash(self, cid: str | None) -> str | None:
+        return None if cid is None else "99" * 20
+
     async def remove(self, model: Model) -> None:
         self.held.remove(model)
 

@@ -38,6 +38,8 @@ from daemon.relaying.service import RelayService
 from daemon.relaying.tunnels import RelayTunnels
 from daemon.supervise import Supervisor
 from daemon.transfer.objects import ObjectServer
+from daemon.transfer.ranges import RangeLimits, RangeServer
+from daemon.transfer.sources import RateLimit
 from registry.address import usable
 from registry.cid import leaf_cid
 from registry.codes import code_of_cid, short
@@ -105,6 +107,7 @@ class Node:
     kubo: KuboProcess | None = None
     ipfs: IpfsNode | None = None
     objects: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
 
     def holds(self, cid: str = CID, name: str = "a model", seeders: int = 1) -> None:
         self.held.append(Offer(self.key, cid, None, None, None, name, 1000, False, seeders=seeders))
@@ -155,14 +158,16 @@ async def swarm_node(
     limits: Limits | None = None,
     membership: Membership | None = None,
     relays: bool = False,
+    relays_bytes: bool = False,
+    range_limits: RangeLimits | None = None,
     relay_limits: RelayLimits | None = None,
     hold: Sequence[Peer] | None = None,
 ) -> AsyncIterator[Node]:
     """One node, of the open swarm unless `membership` is another, made for the same `key`.
 
     `kubo` is the binary, None leaves IPFS off; without `direct` no URL of its peer API is announced.
-    With `relays` it carries for others. `hold` are the nodes that it asks to carry for it, from the start; later ones are put
-    in `hold`, if it is a list.
+    With `relays` it carries for others, with `relays_bytes` models too. `hold` are the nodes that it asks to carry for it, from
+    the start; later ones are put in `hold`, if it is a list.
     """
     key = key or Ed25519PrivateKey.generate()
     membership = membership or OpenSwarm()
@@ -212,7 +217,7 @@ async def swarm_node(
         relay = RelayService(
             name,
             enabled=lambda: relays,
-            bulk=lambda: False,
+            bulk=lambda: relays_bytes,
             on_change=lambda: gossip.changed(),
             limits=relay_limits,
         )
@@ -245,7 +250,8 @@ async def swarm_node(
         )
         chats = ChatServer(seal_keys, provider, limits=limits)
         objects = ObjectServer(object_bytes, membership, limits=limits)
-        parts = (Ping(name, membership), gossip, chats, objects, relay)
+        ranges = RangeServer(lambda cid: node.files.get(cid), membership, RateLimit(0), range_limits)
+        parts = (Ping(name, membership), gossip, chats, objects, ranges, relay)
         routes: list[Route] = [route for part in parts for route in part.routes()]
         ports = await stack.enter_async_context(
             PeerApi(routes, membership=membership, limits=limits).listening(["127.0.0.1"], 0)

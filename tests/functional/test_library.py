@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,11 @@ import pytest
 from daemon.errors import BackendError, NotFound, Refused, VerificationError
 from daemon.ledger import LedgerThread
 from daemon.torrent.session import TorrentSession
+from daemon.transfer import manifests
 from daemon.transfer import store as store_module
 from daemon.transfer.identify import Identified, digest, identify
 from daemon.transfer.library import Arrival, Library
+from daemon.transfer.objects import object_cid
 from daemon.transfer.seeding import Seeding
 from daemon.transfer.sources import LeafSink
 from daemon.transfer.store import Record, Store, stamp_of
@@ -312,3 +314,43 @@ async def test_a_leaf_sink_keeps_what_is_right_and_never_writes_elsewhere(tmp_pa
     with pytest.raises(BackendError):
         await sink.put(2, data[2])
     assert not path.exists()
+
+
+# -- manifests on BitTorrent --------------------------------------------------------------------------------------------
+
+
+async def signed(place: Place, path: Path, name: str) -> Model:
+    identified = await identify(path)
+    text = f'{{"of": "{name}"}}'
+    model = replace(
+        place.library.describe(identified, name, FACTS, "published"),
+        manifest=object_cid(text.encode()),
+        signed_by=OWN,
+    )
+    arrive = await adopting(place, path)
+    entered, _ = await place.library.enter(identified, Record(model, text), arrive)
+    return entered
+
+
+def seeded(place: Place, name: str) -> bool:
+    return place.torrents.known(manifests.torrent_of(f'{{"of": "{name}"}}').infohash) is not None
+
+
+async def test_a_manifest_is_seeded_beside_its_model_until_that_is_gone(tmp_path: Path, original: Path) -> None:
+    home = tmp_path / "home"
+    async with opened(home) as place:
+        first = await signed(place, original, "one")
+        assert seeded(place, "one") and place.torrents.status()["torrents"] == 1
+        infohash = manifests.torrent_of('{"of": "one"}').infohash
+        assert place.library.manifest_infohash(first.manifest) == infohash
+        assert place.library.manifest_infohash(None) is None
+        second = await signed(place, original, "two")  # published again: the old words are gone
+        assert seeded(place, "two") and not seeded(place, "one")
+        assert sorted(home.glob("torrents/*.json")) == [home / "torrents" / f"{second.manifest}.json"]
+    (home / "torrents" / f"{second.manifest}.json").unlink()
+    (home / "torrents" / "of nothing.json").write_text("left over")
+    async with opened(home) as place:
+        assert seeded(place, "two")
+        assert sorted(home.glob("torrents/*.json")) == [home / "torrents" / f"{second.manifest}.json"]
+        await place.library.remove(second)
+        assert not seeded(place, "two") and not list((home / "torrents").glob("*.json"))

@@ -14,6 +14,7 @@ from daemon.peerapi import ways as the_module
 from daemon.peerapi.ping import Ping
 from daemon.peerapi.server import PeerApi
 from daemon.peerapi.ways import NEVER, Way, Ways
+from daemon.relaying.wire import MESSAGES, Kind
 from registry.records import Address, Peer
 
 HOME = "ed25519:" + "cd" * 32
@@ -27,7 +28,7 @@ class Carrying:
         self._url = url
 
     @asynccontextmanager
-    async def through(self, relay: Way, node: str) -> AsyncIterator[str]:
+    async def through(self, relay: Way, node: str, *, kind: Kind = MESSAGES) -> AsyncIterator[str]:
         yield self._url
 
     def carried_here(self, node: str) -> AbstractAsyncContextManager[str] | None:

@@ -73,6 +73,8 @@ BAD = [
     f"magnet:?xt=urn:btih:{V1}&xl=99999999999999999999", f"magnet:?xt=urn:btih:{V1}&xl=0", f"magnet:?xt=urn:btih:{V1}&x.pe=127.0.0.1",
     f"magnet:?xt=urn:btih:{V1}&x.pe=0x7f000001:1", f"magnet:?xt=urn:btih:{V1}&x.pe=127.1:1", f"magnet:?xt=urn:btih:{V1}&dn=%ff",
     f"magnet:?xt=urn:btih:{V1}" + "&a=b" * 70, f"magnet:?xt=urn:btih:{V1}" + "".join(f"&x.pe=h:{i}" for i in range(1, 19)),
+    f"magnet:?xt=urn:btih:{V1}&x.mf=", f"magnet:?xt=urn:btih:{V1}&x.mf={V2}", f"magnet:?xt=urn:btih:{V1}&x.mf={'g' * 40}",
+    f"magnet:?xt=urn:btih:{V1}&x.mf={V1}&x.mf={'00' * 20}",
     "hf:", "hf:owner", "hf:../repo", "hf:owner/..", "hf:owner/re..po", "hf:a/b/c", "hf:a/b:", "hf:a/b:c/d",
     "ftp://example.org/a", "http://", "http://a\\@b/", "http://user:pw@example.org/", "http://a b/", "http://127.1/", "http://0x7f000001/",
     "http://2130706433/", "http://0177.0.0.1/", "http://[::1", "http://a:99999/", "http://a:/", "http://exa\u043cple.org/",
@@ -89,11 +91,24 @@ def test_what_is_no_reference_is_malformed_and_says_why(text: str) -> None:
     assert str(caught.value).isascii() and len(str(caught.value)) < 200
 
 
-@given(strategies.hexes(40) | st.none(), strategies.hexes(64), strategies.names, strategies.sizes | st.none())
-def test_our_magnets_round_trip(infohash: str | None, infohash_v2: str, name: str, size: int | None) -> None:
-    link = magnet(infohash, infohash_v2, name, size)
-    assert parse_ref(link) == MagnetRef(infohash, infohash_v2, name, (), size)
+@given(
+    strategies.hexes(40) | st.none(),
+    strategies.hexes(64),
+    strategies.names,
+    strategies.sizes | st.none(),
+    strategies.hexes(40) | st.none(),
+)
+def test_our_magnets_round_trip(
+    infohash: str | None, infohash_v2: str, name: str, size: int | None, manifest: str | None
+) -> None:
+    link = magnet(infohash, infohash_v2, name, size, manifest)
+    assert parse_ref(link) == MagnetRef(infohash, infohash_v2, name, (), size, manifest)
     assert link.isascii() and " " not in link
+
+
+def test_the_manifest_of_a_magnet_may_be_said_twice_and_in_capitals() -> None:
+    link = f"magnet:?xt=urn:btih:{V1}&x.mf={V1.upper()}&x.mf={V1}&x.other=1"
+    assert parse_ref(link) == MagnetRef(V1, None, manifest=V1)
 
 
 def test_a_magnet_needs_an_infohash() -> None:

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon.errors import Refused, Unserved, UsageError, VerificationError
 from daemon.ledger import LedgerThread
+from daemon.transfer import manifests
 from daemon.transfer.objects import object_cid
 from daemon.transfer.resolve import Plan, Resolver
 from daemon.trust import TrustBook
@@ -40,6 +41,7 @@ class World:
     def __init__(self) -> None:
         self.found: list[Offer] = []
         self.objects: dict[str, bytes] = {}
+        self.torrents: dict[str, bytes] = {}  # small ones, by v1 infohash
         self.asked: list[str] = []
 
     def offer(self, data: bytes | None, **more: Any) -> None:
@@ -66,6 +68,12 @@ class World:
         raise Unserved(cid, "nobody gave it")
 
 
+    async def fetch_small(self, infohash: str, peers: object, *, limit: int, deadline_s: float) -> bytes:
+        if infohash in self.torrents:
+            return self.torrents[infohash]
+        raise Unserved("torrent", "no node gave it whole")
+
+
 @pytest.fixture
 async def trust(tmp_path: Path) -> Any:
     ledger = await LedgerThread.open(tmp_path / "ledger.db")
@@ -76,7 +84,7 @@ async def trust(tmp_path: Path) -> Any:
 
 
 def resolving(world: World, trust: TrustBook) -> Resolver:
-    return Resolver(world, world, trust, lambda: None, False, nowhere)  # type: ignore[arg-type]  # only `get` of the objects is asked
+    return Resolver(world, world, trust, lambda: None, False, nowhere, world)  # type: ignore[arg-type]  # only `get` of the objects is asked
 
 
 async def resolved(world: World, trust: TrustBook, ref: str = CID) -> Plan:
@@ -139,6 +147,63 @@ async def test_a_magnet_says_itself_which_bytes_are_meant(trust: TrustBook) -> N
     world.offer(None, cid=object_cid(b"other bytes"), infohash_v2="ee" * 32, size=10)
     plan = await resolved(world, trust, magnet)
     assert (plan.cid, plan.size, plan.infohash_v2) == (None, 9, None)
+
+
+def named(data: bytes) -> str:
+    manifest_torrent = manifests.torrent_of(data.decode()).infohash
+    return refs.magnet(IDENTITY.infohash, None, "Qwen", 9, manifest_torrent)
+
+
+async def verified(world: World, trust: TrustBook, ref: str) -> Plan:
+    resolver = resolving(world, trust)
+    async with asyncio.timeout(20):
+        return await resolver.named_manifest(await resolver.resolve(ref), [])
+
+
+async def test_a_magnet_names_its_manifest_which_comes_over_bittorrent(trust: TrustBook) -> None:
+    world = World()
+    data = signed(ALICE)
+    world.torrents[manifests.torrent_of(data.decode()).infohash] = data
+    plan = await verified(world, trust, named(data))
+    assert (plan.signed_by, plan.cid) == (envelope.key_name(ALICE), CID)
+    assert plan.manifest == object_cid(data)
+
+
+async def test_a_magnets_manifest_comes_from_who_announces_it_too(trust: TrustBook) -> None:
+    world = World()
+    world.offer(signed(MALLORY))
+    world.offer(signed(ALICE))
+    plan = await verified(world, trust, named(signed(ALICE)))
+    assert plan.signed_by == envelope.key_name(ALICE)
+
+
+async def test_a_magnet_whose_manifest_nobody_gives_is_not_taken_unsigned(trust: TrustBook) -> None:
+    world = World()
+    world.offer(signed(MALLORY))  # another manifest of the same bytes is not the one that was named
+    world.offer(None)
+    with pytest.raises(VerificationError, match="could not be checked"):
+        await verified(world, trust, named(signed(ALICE)))
+
+
+async def test_what_comes_for_a_magnets_manifest_is_checked(trust: TrustBook) -> None:
+    world = World()
+    data = signed(ALICE)
+    infohash = manifests.torrent_of(data.decode()).infohash
+    world.torrents[infohash] = signed(MALLORY)
+    with pytest.raises(VerificationError, match="no manifest in its form"):
+        await verified(world, trust, named(data))
+    other = f"magnet:?xt=urn:btih:{'99' * 20}&x.mf={infohash}"
+    world.torrents[infohash] = data
+    with pytest.raises(VerificationError, match="another infohash"):
+        await verified(world, trust, other)
+    forged = data.replace(b'"sig":"', b'"sig":"AAAA')
+    infohash = manifests.torrent_of(forged.decode()).infohash
+    world.torrents[infohash] = forged
+    with pytest.raises(VerificationError, match="does not verify"):
+        await verified(world, trust, named(forged))
+    await trust.set(envelope.key_name(ALICE), "blocked")
+    with pytest.raises(Refused, match="blocked"):
+        await verified(world, trust, named(data))
 
 
 async def test_what_is_behind_an_upstream_cannot_be_pulled(trust: TrustBook) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.errors import VerificationError
-from daemon.transfer.sources import IpfsSource, RateLimit, _regrouped, _runs
+from daemon.transfer.sources import RangeSource, RateLimit, _regrouped, _runs
 
 
 async def stream(chunks: list[bytes]) -> AsyncIterator[bytes]:
@@ -63,6 +63,9 @@ class Sink:
     def missing(self) -> list[int]:
         return [] if self._here else [0]
 
+    def is_missing(self, index: int) -> bool:
+        return not self._here
+
     async def put(self, index: int, data: bytes) -> bool:
         self._refusals -= 1
         self._here = self._refusals < 0
@@ -87,7 +90,7 @@ class OneFile:
 async def test_a_lying_peers_block_in_a_piece_does_not_speak_against_what_ipfs_gives(refusals: int, right: bool) -> None:
     node: Any = OneFile()
     sink, counted = Sink(refusals), list[int]()
-    source = IpfsSource(node, "the cid", 8, sink, RateLimit(0), counted.append, stall_s=1.0)
+    source = RangeSource(node, "the cid", 8, sink, RateLimit(0), counted.append, stall_s=1.0)
     if right:
         await source.run()
     else:

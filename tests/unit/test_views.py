@@ -18,7 +18,9 @@ async def test_one_liar_does_not_rename_a_model() -> None:
     world = World()
     offers = [offer("a", name="honest", size=5), offer("b", name="honest", size=5), offer("c", name="liar", size=9)]
     world.peers.offers = lambda: offers  # type: ignore[method-assign]
-    entry = next(views.swarm_model(known) for known in views.swarm_models(world.services()) if known.cid == CID2)
+    services = world.services()
+    known = next(known for known in views.swarm_models(services) if known.cid == CID2)
+    entry = views.swarm_model(services, known)
     assert (entry["name"], entry["size"], entry["nodes"], entry["magnet"]) == ("honest", 5, 3, None)
 
 
@@ -27,7 +29,8 @@ async def test_what_is_served_comes_first_then_what_most_hold() -> None:
     services = world.services()
     assert [known.serving for known in views.swarm_models(services)] == [True, False]
     world.peers.offers = lambda: []  # type: ignore[method-assign]
-    (entry,) = map(views.swarm_model, views.swarm_models(services))
+    (known,) = views.swarm_models(services)
+    entry = views.swarm_model(services, known)
     assert (entry["cid"], entry["nodes"], entry["local"]) == (CID, 1, True)
     assert entry["code"] == views.model(services, MODEL)["code"]
 

@@ -47,4 +47,4 @@ def resolve(models: Sequence[SwarmModel], wanted: str) -> SwarmModel:
 def _shown(known: Services, model: SwarmModel) -> dict[str, Any]:
     local = next((mine for mine in known.library.models() if mine.identity.cid == model.cid), None)
     created = 0 if local is None else views.seconds(local.added)
-    return {"id": model.code, "object": "model", "created": created, "owned_by": "swarmctl", **views.swarm_model(model)}
+    return {"id": model.code, "object": "model", "created": created, "owned_by": "swarmctl", **views.swarm_model(known, model)}

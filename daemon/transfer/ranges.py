@@ -1,0 +1,231 @@
+"""Bytes of models over the peer API: for those whom neither IPFS nor BitTorrent brings together with a holder.
+
+    GET /swarm/1/bytes/{cid}   Range: bytes=0-2097151   ->   206   Content-Range: bytes 0-2097151/98362432
+
+One closed range inside the file, of at most `RANGE_LIMIT` bytes (RFC 9110, section 14); anything else is 400 or 416. In a closed
+swarm the body is sealed. What comes is hashed by whoever asked, like what comes from anywhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+
+from daemon.buckets import Buckets
+from daemon.errors import (
+    Declined,
+    NotFound,
+    SwarmError,
+    Unserved,
+    UsageError,
+    VerificationError,
+)
+from daemon.membership import Membership
+from daemon.peerapi.limits import Places
+from daemon.peerapi.server import Route, source_of
+from daemon.peerapi.ways import Way, Ways, first
+from daemon.transfer.sources import RateLimit
+from daemon.transfer.store import disk_errors
+from registry.cid import parse_cid
+from registry.errors import Malformed, NotVerified
+from registry.records import Peer
+
+RANGE_LIMIT = 2 << 20  # bytes of one request; they are in memory while they are sent
+_PATH = "/swarm/1/bytes/"
+_SEALED = "bytes"  # what is sealed
+_RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
+_CHUNK = 64 << 10
+_HOLDERS = 8  # that are tried at the same time
+
+
+@dataclass(frozen=True, slots=True)
+class RangeLimits:
+    """Ceilings of giving. A source is an IP address, a libp2p peer, or a relay with all that ask through it."""
+
+    requests: int = 32  # at the same time, over all sources
+    requests_per_source: int = 8
+    rate: float = 16 << 20  # bytes per second and source
+    burst: float = 64 << 20
+    idle_s: float = 30.0  # without taking a byte
+
+
+class RangeServer:
+    """Gives ranges of this node's models to others. `find` gives the file of one by its canonical CID, None for what is not
+    here, not sound or not shared; `limit` is over all that is given.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[str], Path | None],
+        membership: Membership,
+        limit: RateLimit,
+        limits: RangeLimits | None = None,
+    ) -> None:
+        limits = limits or RangeLimits()
+        self._find = find
+        self._membership = membership
+        self._limit = limit
+        self._idle_s = limits.idle_s
+        self._places = Places("bytes", limits.requests, limits.requests_per_source)
+        self._bytes = Buckets(rate=limits.rate, burst=limits.burst, clock=time.monotonic)
+
+    def routes(self) -> Sequence[Route]:
+        return [Route("GET", _PATH + "{cid}", self._give)]
+
+    async def _give(self, request: web.Request) -> web.StreamResponse:
+        source = source_of(request)
+        try:
+            cid = parse_cid(request.match_info["cid"]).canonical
+        except Malformed as error:
+            raise UsageError("bytes", str(error)) from error
+        with self._places.take(source):
+            path = self._find(cid)
+            if path is None:
+                raise NotFound("bytes", "this node does not have it")
+            start, data, size = await asyncio.to_thread(_read, path, _wanted(request))
+            await self._limit.take(len(data))
+            await asyncio.sleep(self._bytes.owe(source, len(data)))
+            return await self._send(request, start, data, size)
+
+    async def _send(
+        self, request: web.Request, start: int, data: bytes, size: int
+    ) -> web.StreamResponse:
+        body = memoryview(self._membership.seal(data, _SEALED))
+        response = web.StreamResponse(status=206)
+        response.content_type = "application/octet-stream"
+        response.content_length = len(body)
+        response.headers["Content-Range"] = f"bytes {start}-{start + len(data) - 1}/{size}"
+        try:
+            async with asyncio.timeout(self._idle_s) as deadline:
+                await response.prepare(request)
+                for at in range(0, len(body), _CHUNK):
+                    await response.write(body[at : at + _CHUNK])
+                    deadline.reschedule(asyncio.get_running_loop().time() + self._idle_s)
+                await response.write_eof()
+        except TimeoutError:
+            # The header is out: nothing can be said any more.
+            if request.transport is not None:
+                request.transport.abort()
+        return response
+
+
+def _wanted(request: web.Request) -> tuple[int, int]:
+    """First and last byte of the one range that is asked for. Raises `UsageError`."""
+    given = request.headers.getall("Range", [])
+    found = _RANGE.fullmatch(given[0]) if len(given) == 1 else None
+    if found is None:
+        raise UsageError("bytes", "exactly one range is given, bytes=FIRST-LAST")
+    start, last = int(found[1]), int(found[2])
+    if not 0 <= last - start < RANGE_LIMIT:
+        raise UsageError("bytes", f"a range has 1 to {RANGE_LIMIT} bytes")
+    return start, last
+
+
+def _read(path: Path, wanted: tuple[int, int]) -> tuple[int, bytes, int]:
+    """Where the range begins, its bytes, and the size of the file."""
+    start, last = wanted
+    with disk_errors("model"), path.open("rb") as file:
+        size = path.stat().st_size
+        if last >= size:
+            raise web.HTTPRequestRangeNotSatisfiable
+        file.seek(start)
+        data = file.read(last - start + 1)
+    if len(data) != last - start + 1:
+        raise NotFound("bytes", "the file has become shorter")
+    return start, data, size
+
+
+class HolderReader:
+    """Reads from the peer API of one holder over a way that is open. A `RangeReader`, which keeps no copies."""
+
+    def __init__(
+        self, node: str, way: Way, session: aiohttp.ClientSession, membership: Membership
+    ) -> None:
+        self.node = node
+        self._way = way
+        self._session = session
+        self._membership = membership
+
+    async def leaves(self, cid: str, *, deadline_s: float) -> list[str]:
+        return []
+
+    async def drop_blocks(self, cids: Sequence[str]) -> None:
+        """There are none."""
+
+    async def read_range(
+        self, cid: str, offset: int, length: int, *, stall_s: float
+    ) -> AsyncIterator[bytes]:
+        end = offset + length
+        for start in range(offset, end, RANGE_LIMIT):
+            yield await self._ask(cid, start, min(RANGE_LIMIT, end - start), stall_s)
+
+    async def _ask(self, cid: str, start: int, length: int, stall_s: float) -> bytes:
+        sealed_length = length + self._membership.overhead
+        headers = {**self._way.headers, "Range": f"bytes={start}-{start + length - 1}"}
+        try:
+            async with self._session.get(
+                self._way.url + _PATH + cid,
+                headers=headers,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=stall_s, sock_read=stall_s),
+            ) as response:
+                if response.status != 206 or response.content_length != sealed_length:
+                    raise Unserved(cid, f"a holder answered {response.status}")
+                data = await response.content.readexactly(sealed_length)
+        except (aiohttp.ClientError, asyncio.IncompleteReadError, TimeoutError) as error:
+            raise Unserved(cid, "a holder did not give all of it") from error
+        try:
+            opened = self._membership.open(data, _SEALED, limit=length)
+        except (Malformed, NotVerified) as error:
+            raise VerificationError(cid, str(error)) from error
+        if len(opened) != length:
+            raise VerificationError(cid, "a holder gave another number of bytes")
+        return opened
+
+
+class Holders:
+    """Ways to the bytes of models at the nodes that announce them."""
+
+    def __init__(
+        self, ways: Ways, session: aiohttp.ClientSession, membership: Membership
+    ) -> None:
+        self._ways = ways
+        self._session = session
+        self._membership = membership
+
+    @asynccontextmanager
+    async def reader(self, holders: Sequence[Peer]) -> AsyncIterator[HolderReader]:
+        """Reads from the holder that is reached first; those heard of last are tried first.
+
+        Raises `Declined` when every one of them is reached through relays only, and none of these carries bytes of models,
+        `Unserved` when none is reached now.
+        """
+        failures: list[SwarmError] = []
+
+        async def attempt(holder: Peer) -> tuple[AsyncExitStack, Way]:
+            try:
+                async with AsyncExitStack() as stack:
+                    way = await stack.enter_async_context(self._ways.to(holder, bulk=True))
+                    return stack.pop_all(), way
+            except SwarmError as error:
+                failures.append(error)
+                raise
+
+        tried = sorted(holders, key=lambda holder: -holder.expires)[:_HOLDERS]
+        if not tried:
+            raise Unserved("bytes", "nobody is known to have it")
+        try:
+            stack, way = await first(attempt(holder) for holder in tried)
+        except SwarmError as error:
+            everywhere = all(isinstance(one, Declined) for one in failures)
+            raise (Declined if everywhere else Unserved)("bytes", error.why) from error
+        async with stack:
+            yield HolderReader(way.node, way, self._session, self._membership)
