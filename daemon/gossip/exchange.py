@@ -11,8 +11,9 @@ everybody, and who offers one of them comes first. In a closed swarm both bodies
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +97,27 @@ def wanted(fields: Any) -> dict[str, Sequence[int]]:
         if not all(_is_whole(page, rules.MAX_PAGES - 1) for page in pages):
             raise Malformed("want must list the numbers of pages")
     return want
+
+
+def chosen(
+    own: Sequence[bytes],
+    others: Mapping[str, Sequence[bytes]],
+    *,
+    sought: Set[bytes] = frozenset(),
+    shuffle: random.Random,
+) -> list[bytes]:
+    """Ours first, then the `sought` pages, then the nodes in a new order each time, so that in a large swarm every one gets its turn.
+
+    The first of the words of a node is its newest, which its pages count by: it comes before a sought page.
+    """
+    nodes = list(others)
+    shuffle.shuffle(nodes)
+    first: list[bytes] = []
+    for node in nodes:
+        pages = [envelope for envelope in others[node] if envelope in sought]
+        first += [others[node][0], *pages] if pages else []
+    rest = (envelope for node in nodes for envelope in others[node])
+    return list(dict.fromkeys([*own, *first, *rest]))
 
 
 def speaker(envelope: bytes) -> Announcement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import aiohttp
@@ -44,6 +45,7 @@ class Meeting:
         self._membership = membership
         self._own_news = own_news
         self._pubsub = pubsub
+        self._random = random.Random()
 
     async def meet(
         self,
@@ -65,7 +67,8 @@ class Meeting:
         self, way: Way, node: str, *, joined: bool = False, codes: Sequence[str] = ()
     ) -> Peer:
         """The node at the end of a way; `node` is the key that is expected there, empty when it is not known."""
-        answer = await self._post(way, self._asking_all(await self._own_news(0, ()), codes))
+        question = self._asking_all(await self._own_news(0, ()), codes)
+        answer = await self._post(way, question)
         if not answer.envelopes:
             raise Unserved("peer", "it says nothing about itself")
         said = exchange.speaker(answer.envelopes[0])
@@ -133,7 +136,7 @@ class Meeting:
         if own_too:
             heard = words.have.get(self._own_id, 0) if words.have is not None else rules.MAX_SEQUENCE
             own = await self._own_news(heard, words.want.get(self._own_id, ()))
-        sought = self._table.words_about(words.codes)
-        others = self._table.news(words.have, words.want, limit=exchange.BODY_LIMIT)
-        everybody = (word for node in others.values() for word in node)
-        return list(dict.fromkeys([*own, *sought, *everybody]))
+        limit, codes = exchange.BODY_LIMIT, words.codes
+        others = self._table.news(words.have, words.want, codes=codes, limit=limit)
+        sought = self._table.pages_with(codes)
+        return exchange.chosen(own, others, sought=sought, shuffle=self._random)

@@ -64,6 +64,7 @@ class PeerTable:
         self._offers_limit = offers_limit
         self._entries: dict[str, Entry] = {}
         self._known: dict[str, Peer] = {}
+        self._names: dict[str, str] = {}  # nodes, by `rules.node_id`
         self._catalogue = Catalogue()
         self._bytes = 0  # of the pages in their envelopes
         self._ends: list[tuple[int, str, int]] = []  # a heap: when a page may have expired
@@ -87,6 +88,7 @@ class PeerTable:
         for peer in peers[: self._limit]:
             self._entries[peer.node] = Entry(peer, None, 0.0)
             self._known[peer.node] = peer
+            self._names[rules.node_id(peer.node)] = peer.node
         for peer in peers[self._limit :]:
             self._mirror.note(peer.node)
         for stored in pages:
@@ -265,20 +267,25 @@ class PeerTable:
         have: Mapping[str, int] | None,
         want: Mapping[str, Collection[int]],
         *,
+        codes: Iterable[str] = (),
         limit: int | None = None,
     ) -> dict[str, list[bytes]]:
         """The signed words of live nodes, by node, that somebody lacks: who has heard `have` (see there) and asks for `want`.
 
         Without `have` only the nodes in `want` count. The newest word of a node comes before its pages. Beyond `limit` bytes
-        there is no more; the nodes come in another order each time, so that every one gets its turn.
+        there is no more; the nodes that offer a model with one of the `codes` come first, the others in another order each
+        time, so that every one gets its turn.
         """
         now = self._clock()
         found: dict[str, list[bytes]] = {}
         size = 0
-        for node in self._random.sample(list(self._entries), len(self._entries)):
+        nodes = list(self._entries)
+        if have is None:
+            nodes = [self._names[name] for name in want if name in self._names]
+        sought = [node for code in codes for node, _ in self._catalogue.pages_with(code)]
+        for node in dict.fromkeys([*sought, *self._random.sample(nodes, len(nodes))]):
             entry, name = self._entries[node], rules.node_id(node)
-            asked = have is not None or name in want
-            if not asked or entry.head is None or entry.peer.expires <= now:
+            if entry.head is None or entry.peer.expires <= now:
                 continue
             wanted = want.get(name, ())
             heard = have.get(name, 0) if have is not None else entry.peer.sequence
@@ -291,15 +298,12 @@ class PeerTable:
                 break
         return found
 
-    def words_about(self, codes: Iterable[str]) -> list[bytes]:
-        """The newest word, and the pages, of every live node that offers a model with one of these codes (or first characters)."""
-        now = self._clock()
-        found: list[bytes] = []
+    def pages_with(self, codes: Iterable[str]) -> set[bytes]:
+        """The signed pages with an offer of a model that has one of these codes, in full or their first characters."""
+        found: set[bytes] = set()
         for code in codes:
             for node, number in self._catalogue.pages_with(code):
-                entry = self._entries[node]
-                if entry.head is not None and entry.peer.expires > now:
-                    found += [entry.head, entry.pages[number].envelope]
+                found.add(self._entries[node].pages[number].envelope)
         return found
 
     def envelopes(self) -> dict[str, list[bytes]]:
@@ -326,6 +330,7 @@ class PeerTable:
         entry = self._entries.get(node)
         if entry is None:
             entry = self._entries[node] = Entry(peer, envelope, now)
+            self._names[rules.node_id(node)] = node
         entry.peer, entry.head, entry.heard = peer, envelope, now
         self._known[node] = peer
         if peer.peer_id is None:
@@ -447,6 +452,7 @@ class PeerTable:
         for number in list(self._entries[node].pages):
             self._drop(node, number)
         del self._entries[node], self._known[node]
+        self._names.pop(rules.node_id(node), None)
         self._stats.pop(node, None)
         self._behind.pop(node, None)
         self._without_ipfs.pop(node, None)

@@ -305,9 +305,10 @@ class Connectivity:
 
     def outside(self) -> list[tuple[str, int]]:
         """The (IP, port) at which BitTorrent peers may find us when both dial: right where a router keeps the port."""
-        if self._torrents is None or not self.reachability.external:
+        if self._torrents is None:
             return []
-        return [(self.reachability.external[0], self._torrents.port)]
+        seen = [*self.reachability.external[:1], *reversed(self._torrents.dht.external_addresses)]
+        return [(address, self._torrents.port) for address in seen[:1]]
 
     def _urls(self) -> tuple[str, ...]:
         """Base URLs of our peer API."""

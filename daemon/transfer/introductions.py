@@ -36,6 +36,7 @@ _LIMIT = 1024  # bytes
 _BROUGHT, _GIVEN = "meet-question", "meet-answer"
 _ASK_S = 5.0
 _AGAIN_S = 10.0  # between two introductions to the same holder
+_SOON_S = 0.5
 _HOLDERS = 8
 _INFOHASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -101,7 +102,8 @@ class Introductions:
                     on_peers(result)
                 elif not isinstance(result, SwarmError):
                     raise result
-            await asyncio.sleep(_AGAIN_S)
+            # Who has just come does not know yet how it is seen.
+            await asyncio.sleep(_AGAIN_S if self._outside() else _SOON_S)
 
     async def _meet(self, infohash: str, peer: Peer) -> list[tuple[str, int]]:
         kind = self._membership.media_type("application/json")

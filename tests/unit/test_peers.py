@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import suppress
 from itertools import permutations
@@ -14,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon.buckets import Buckets
 from daemon.errors import Busy, NoSpace, Refused
+from daemon.gossip.exchange import chosen
 from daemon.gossip.peers import OFFER_BYTES, PeerTable, Standing
 from daemon.ledger import LedgerThread
 from registry import announcement as rules
@@ -159,15 +161,18 @@ async def test_the_pages_of_a_code(ledger: LedgerThread, clock: list[int], cids:
     for page in sought:
         peers.accept(page)
     full = code_of_cid(cids[1])
-    assert set(sought) <= set(peers.words_about([short(full)]))
-    assert set(sought[:1]) <= set(peers.words_about([short(code_of_cid(cids[2]))]))
-    assert peers.words_about([short(code_of_cid(cids[4]))]) == []
-    # The newest word of a node comes before its page, which counts by it.
+    assert peers.pages_with([short(full)]) == peers.pages_with([full, short(code_of_cid(cids[2]))]) == set(sought)
+    assert peers.pages_with([short(code_of_cid(cids[4]))]) == set()
+    # Whoever looks for it gets the newest word of each node before the page, and both before all others.
     newest = a.beat()
     peers.accept(newest)
-    said = peers.words_about([full])
-    assert set(said) == {newest, *sought}
+    others = [Speaker(clock) for _ in range(9)]
+    for other in others:
+        peers.accept(other.says(cids[3]))
+    said = chosen([b"ours"], peers.envelopes(), sought=peers.pages_with([full]), shuffle=random.Random())
+    assert said[0] == b"ours" and set(said[1:4]) == {newest, *sought}
     assert said.index(newest) < said.index(sought[0])
+    assert len(said) == len(set(said)) == 5 + len(others)
 
 
 # -- beats and pages --------------------------------------------------------------------------------------------------------
