@@ -35,7 +35,7 @@ class Node(asyncio.DatagramProtocol):
         try:
             said: Any = decode(data)
             transaction, query = said[b"t"], said.get(b"q")
-        except Exception:  # noqa: BLE001 - whatever else comes here is not for us
+        except Exception:
             return
         if query is None:
             return
