@@ -54,6 +54,7 @@ from daemon.supervise import Supervisor
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Patience, Sources
 from daemon.transfer.holders import Holders
+from daemon.transfer.introductions import Introductions
 from daemon.transfer.library import Library
 from daemon.transfer.objects import Objects, ObjectServer
 from daemon.transfer.publish import Publisher
@@ -142,6 +143,7 @@ class _Voice:
 
     http: aiohttp.ClientSession
     supervisor: Supervisor
+    seal_keys: SealKeys
     serving: Serving
     upstreams: Upstreams
     offering: Offering
@@ -176,7 +178,8 @@ class _Daemon:
         async with AsyncExitStack() as stack:
             has = await self._holdings(stack)
             voice = await self._voice(stack, has)
-            transfers, puller, publisher = await self._transfers(stack, has, voice)
+            introductions = await self._peer_api(stack, has, voice)
+            transfers, puller, publisher = await self._transfers(stack, has, voice, introductions)
             await self._start(voice, has)
             status = await self._api(stack, has, voice, transfers, puller, publisher)
             log.info("ready")
@@ -268,24 +271,50 @@ class _Daemon:
         answers = Answers(
             peers, offering.askable, offering.offers, ways=ways, http=http, clock=time.time, search=search
         )
-        chats = ChatServer(seal_keys, offering.provider)
+        return _Voice(http, supervisor, seal_keys, serving, upstreams, offering, peers, answers, connectivity)
+
+    async def _peer_api(
+        self, stack: AsyncExitStack, has: _Holdings, voice: _Voice
+    ) -> Introductions | None:
+        """Open the server for other nodes: every room that they may ask something of brings its routes."""
+        config, membership, connectivity = self._config, self._membership, voice.connectivity
+        ways = connectivity.ways
+        chats = ChatServer(voice.seal_keys, voice.offering.provider)
         self._busy = lambda: chats.answering > 0 or ways.answering
-        objects = ObjectServer(has.library.small_object, self._membership)
-        ranges = RangeServer(
-            has.library.shared_file, self._membership, RateLimit(config.transfer.upload_rate)
-        )
+        objects = ObjectServer(has.library.small_object, membership)
+        rate = RateLimit(config.transfer.upload_rate)
+        ranges = RangeServer(has.library.shared_file, membership, rate)
+        introductions: Introductions | None = None
+        routes = [*connectivity.routes(), *chats.routes(), *objects.routes(), *ranges.routes()]
+        if has.torrents is not None:
+            introductions = Introductions(
+                membership,
+                ways,
+                voice.http,
+                has.torrents,
+                network=config.network,
+                outside=connectivity.outside,
+            )
+            routes += introductions.routes()
         api = PeerApi(
-            [*connectivity.routes(), *chats.routes(), *objects.routes(), *ranges.routes()],
-            membership=self._membership,
+            routes,
+            membership=membership,
             allowed=partial(network.may_come, config),
             on_direct=connectivity.came,
         )
-        connectivity.ports = await stack.enter_async_context(api.listening(network.hosts(config), network.port(config)))
+        hosts, port = network.hosts(config), network.port(config)
+        connectivity.ports = await stack.enter_async_context(api.listening(hosts, port))
         self._connectivity = connectivity
         stack.push_async_callback(connectivity.close)
-        return _Voice(http, supervisor, serving, upstreams, offering, peers, answers, connectivity)
+        return introductions
 
-    async def _transfers(self, stack: AsyncExitStack, has: _Holdings, voice: _Voice) -> tuple[Transfers, Puller, Publisher]:
+    async def _transfers(
+        self,
+        stack: AsyncExitStack,
+        has: _Holdings,
+        voice: _Voice,
+        introductions: Introductions | None,
+    ) -> tuple[Transfers, Puller, Publisher]:
         config = self._config
         transfers = Transfers(has.ledger)
         stack.push_async_callback(transfers.close)
@@ -308,7 +337,7 @@ class _Daemon:
             RateLimit(config.transfer.download_rate),
             patience,
         )
-        puller = Puller(has.store, has.library, resolver, publisher, has.torrents, sources)
+        puller = Puller(has.store, has.library, resolver, publisher, has.torrents, sources, introductions)
         return transfers, puller, publisher
 
     async def _start(self, voice: _Voice, has: _Holdings) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from registry.cid import parse_cid
 from registry.errors import Malformed, shown
@@ -16,10 +17,12 @@ from registry.errors import Malformed, shown
 SHORT = 7
 FULL = 52  # base32 characters of 32 bytes
 
+_REMEMBERED = 8192  # models whose codes are not computed again
 _CODE = re.compile(rf"[a-z2-7]{{{SHORT},{FULL}}}")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
+@lru_cache(_REMEMBERED)
 def code_of_infohash_v2(infohash_v2: str) -> str:
     """The full code (52 characters) of a v2 infohash of 64 hex digits."""
     if not _HEX64.fullmatch(infohash_v2):
@@ -27,6 +30,7 @@ def code_of_infohash_v2(infohash_v2: str) -> str:
     return _base32(bytes.fromhex(infohash_v2))
 
 
+@lru_cache(_REMEMBERED)
 def code_of_cid(cid: str) -> str:
     """The full code (52 characters) of a CID."""
     return _base32(parse_cid(cid).digest)

@@ -6,7 +6,7 @@ two nodes that estimate the swarm differently have to meet.
 
 On a shard that is crowded not everybody speaks. Of those that serve, and of those that only hold, so many are drawn by lot that
 a subscriber hears a bounded number of beats; the lot of a node holds for an hour and is a hash of its key, so that a draw costs
-nobody a word. Who is drawn is drawn for everybody: some `ROOM_SERVING` nodes are enough to answer for a code, and to fetch it.
+nobody a word. Who is drawn is drawn for everybody: `ROOM_SERVING` nodes, about, are enough to answer for a code, and to fetch it.
 
 Nothing in the daemon uses this yet, see docs/architecture.md.
 """

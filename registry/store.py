@@ -128,15 +128,22 @@ class Ledger:
         return [_peer(row) for row in self._db.table("peers").rows_where(order_by="node")]
 
     def save_peers(
-        self, peers: Iterable[Peer], pages: Iterable[StoredPage], *, gone: Iterable[str] = ()
+        self,
+        peers: Iterable[Peer],
+        pages: Iterable[StoredPage],
+        *,
+        gone: Iterable[str] = (),
+        dropped: Iterable[tuple[str, int]] = (),
     ) -> None:
-        """Mirror the table of peers: these words and pages are new, those nodes have left it.
+        """Mirror the table of peers: these words and pages are new, those nodes and pages (node, page) have left it.
 
         Pages of a node whose newest word names fewer pages go; so do pages of nodes that are not known.
         """
         with self._db.atomic():
             for node in gone:
                 self._db.table("peers").delete_where("node = ?", [node])
+            for node, page in dropped:
+                self._db.table("pages").delete_where("node = ? and page = ?", [node, page])
             for peer in peers:
                 self._db.table("peers").insert(_peer_row(peer), replace=True)
                 self._db.table("pages").delete_where("node = ? and page >= ?", [peer.node, len(peer.revisions)])

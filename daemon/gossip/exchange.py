@@ -4,10 +4,9 @@
 
 Each envelope is the signed text as its node wrote it, so it does not matter who passes it on; whoever speaks puts its own
 first. `have` says whose newest word is known (a node is named by the first 16 hex digits of its key): what is newer is given,
-and what `want` asks for. Without `have` nothing is asked. Both are about the one who sends them, so a lie costs only the liar.
-`codes` are those of the models that the asker looks for: in a large swarm one answer has no room for everybody, and who offers
-one of them comes first.
-In a closed swarm both bodies are sealed.
+and what `want` asks for. Without `have` only what `want` names is given. Both are about the one who sends them, so a lie
+costs only the liar. `codes` are those of the models that the asker looks for: in a large swarm one answer has no room for
+everybody, and who offers one of them comes first. In a closed swarm both bodies are sealed.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _CODE = re.compile(rf"[a-z2-7]{{{short_codes.SHORT}}}")
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """One direction of an exchange. `have` is None where nothing is asked; both name nodes by `rules.node_id`."""
+    """One direction of an exchange. `have` is None where only what `want` names is asked for; both name nodes by `rules.node_id`."""
 
     envelopes: Sequence[bytes] = ()
     have: Mapping[str, int] | None = None

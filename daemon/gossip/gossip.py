@@ -64,7 +64,14 @@ class Gossip:
             behind=lambda: self.wants.note(),
         )
         self.meeting = Meeting(
-            pages.node, ways, http, self.ear, table, membership, own_news=self.own_news
+            pages.node,
+            ways,
+            http,
+            self.ear,
+            table,
+            membership,
+            own_news=self.own_news,
+            pubsub=self._with_ipfs,
         )
         self.pubsub = Pubsub(
             self.ear,

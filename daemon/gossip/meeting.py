@@ -17,9 +17,13 @@ from daemon.peerapi.ways import CONNECT_S, Way, Ways
 from registry import announcement as rules
 from registry.records import Address, Peer
 
+FEW = 1000  # nodes whose newest words are listed in each exchange, although pubsub brings them
+
 
 class Meeting:
-    """`own` is our node key; `own_news` gives our signed words that somebody lacks, see `OwnPages.news`."""
+    """`own` is our node key; `own_news` gives our signed words that somebody lacks, see `OwnPages.news`; `pubsub` says whether we
+    hear the others without asking.
+    """
 
     def __init__(
         self,
@@ -31,6 +35,7 @@ class Meeting:
         membership: Membership,
         *,
         own_news: Callable[[int, Collection[int]], Awaitable[list[bytes]]],
+        pubsub: Callable[[], bool],
     ) -> None:
         self._own_id = rules.node_id(own)
         self._ways = ways
@@ -39,6 +44,7 @@ class Meeting:
         self._table = table
         self._membership = membership
         self._own_news = own_news
+        self._pubsub = pubsub
         self._random = random.Random()
 
     async def meet(
@@ -61,7 +67,8 @@ class Meeting:
         self, way: Way, node: str, *, joined: bool = False, codes: Sequence[str] = ()
     ) -> Peer:
         """The node at the end of a way; `node` is the key that is expected there, empty when it is not known."""
-        answer = await self._post(way, self._asking(await self._own_news(0, ()), codes))
+        question = self._asking_all(await self._own_news(0, ()), codes)
+        answer = await self._post(way, question)
         if not answer.envelopes:
             raise Unserved("peer", "it says nothing about itself")
         said = exchange.speaker(answer.envelopes[0])
@@ -84,6 +91,15 @@ class Meeting:
             await self._ear.take_in(answer.envelopes)
             await self._give(way, answer)
 
+    async def ask(self, peer: Peer, about: str) -> None:
+        """Ask a node for the pages that are missing here, those of the node `about` first, and for nothing else.
+
+        Raises as `tell` does.
+        """
+        async with self._ways.to(peer) as way:
+            question = Words(want=self._table.want(exchange.MAX_WANT, about))
+            await self._ear.take_in((await self._post(way, question)).envelopes)
+
     async def bid_farewell(self, peer: Peer, words: Sequence[bytes]) -> None:
         """Give our words and ask nothing. Raises as `tell` does."""
         async with self._ways.to(peer) as way:
@@ -91,29 +107,36 @@ class Meeting:
 
     async def answer(self, brought: Words) -> Words:
         """What is given to somebody who brought these words: what they lack of us and of the others, and what we lack."""
-        if brought.have is None:
-            return Words()
-        return self._asking(await self._lacked(brought))
+        lacked = await self._lacked(brought, own_too=self._is_asked(brought))
+        return Words(lacked) if brought.have is None else self._asking(lacked)
+
+    def _is_asked(self, words: Words) -> bool:
+        return words.have is not None or self._own_id in words.want
 
     async def _post(self, way: Way, words: Words) -> Words:
         return await exchange.post(self._http, way, words, self._membership)
 
-    def _asking(self, words: Sequence[bytes], codes: Sequence[str] = ()) -> Words:
+    def _asking(self, words: Sequence[bytes]) -> Words:
+        """Our words, and what we have and want. In a large swarm what pubsub brings is not asked for: the list would be long."""
+        if self._pubsub() and self._table.count() > FEW:
+            return Words(words, None, self._table.want(exchange.MAX_WANT))
+        return self._asking_all(words)
+
+    def _asking_all(self, words: Sequence[bytes], codes: Sequence[str] = ()) -> Words:
         return Words(words, self._table.have(), self._table.want(exchange.MAX_WANT), codes)
 
     async def _give(self, way: Way, answer: Words) -> None:
         """What the other lacks after it has answered, if anything."""
-        if answer.have is None:
-            return
         lacked = await self._lacked(answer, own_too=self._own_id in answer.want)
         if lacked:
             await self._post(way, Words(lacked))
 
     async def _lacked(self, words: Words, *, own_too: bool = True) -> list[bytes]:
-        have = words.have or {}
         own: list[bytes] = []
         if own_too:
-            own = await self._own_news(have.get(self._own_id, 0), words.want.get(self._own_id, ()))
-        others = self._table.news(have, words.want)
-        sought = self._table.pages_with(words.codes)
+            heard = words.have.get(self._own_id, 0) if words.have is not None else rules.MAX_SEQUENCE
+            own = await self._own_news(heard, words.want.get(self._own_id, ()))
+        limit, codes = exchange.BODY_LIMIT, words.codes
+        others = self._table.news(words.have, words.want, codes=codes, limit=limit)
+        sought = self._table.pages_with(codes)
         return exchange.chosen(own, others, sought=sought, shuffle=self._random)

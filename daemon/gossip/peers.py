@@ -4,7 +4,7 @@
   revision that is held, keeps the time it had when another revision is named, and goes at once when it is not named any more.
 - The node and its sequence number are kept for a week: its address is a way back into the swarm, and the number keeps old
   announcements from being believed again.
-- The table is bounded, in nodes and in offers, by one rule. Trusted nodes, and those that a person joined, always find a place
+- The table is bounded, in nodes, offers and bytes, by one rule. Trusted nodes, and those that a person joined, always find a place
   and never lose it. For anybody else, when it is full, the node that expired first makes room; when none has, the one heard
   longest ago of those that never answered a question well - if it has been silent for a while, so that many invented nodes
   cannot push out those that speak. When there is none, the newcomer is refused.
@@ -14,12 +14,15 @@
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 import heapq
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 from daemon.errors import Busy, Refused
+from daemon.gossip.entries import Entry, Page
+from daemon.gossip.mirror import Mirror
 from daemon.ledger import LedgerThread
 from registry import announcement as rules
 from registry.catalogue import Catalogue
@@ -32,49 +35,12 @@ Standing = Literal["trusted", "blocked"]
 
 PEERS_LIMIT = 4096  # nodes
 OFFERS_LIMIT = 32_768  # over all nodes
+OFFER_BYTES = 1536  # of the pages in their envelopes, for each of these; an honest page has 500 or so
 REMEMBER_S = 7 * 24 * 3600  # a silent node is forgotten after this
 SILENT_S = 15  # a node that was heard later than this keeps its place; above the shortest heartbeat
-MIRROR_S = 2.0  # how far the ledger may be behind
 _COUNTED_S = 1  # how old the number of live nodes may be
 _LATENCY_WEIGHT = 0.3  # of the newest measurement
 _QUESTIONS_COUNTED = 32
-_OPEN = "peers.open"  # whether the ledger may be behind the table
-
-
-class _Page:
-    __slots__ = ("envelope", "expires", "look_at", "offers", "revision")
-
-    def __init__(
-        self, revision: int, expires: int, offers: tuple[Offer, ...], envelope: bytes
-    ) -> None:
-        self.revision = revision
-        self.expires = expires
-        self.offers = offers
-        self.envelope = envelope
-        self.look_at = expires  # when it is looked at again, see `_sweep`
-
-
-class _Entry:
-    """What is held of one node. `head` is its newest word, None until it was heard since the start."""
-
-    __slots__ = ("head", "heard", "pages", "peer")
-
-    def __init__(self, peer: Peer, head: bytes | None, heard: float) -> None:
-        self.peer = peer
-        self.head = head
-        self.heard = heard
-        self.pages: dict[int, _Page] = {}
-
-    def missing(self) -> tuple[int, ...]:
-        held = {number: page.revision for number, page in self.pages.items()}
-        return rules.missing(self.peer, held)
-
-    def named(self) -> Iterator[tuple[int, _Page]]:
-        """The pages that the newest word names, those with a model that is served first."""
-        revisions = self.peer.revisions
-        for number, page in sorted(self.pages.items(), key=_served_first):
-            if number < len(revisions) and revisions[number] == page.revision:
-                yield number, page
 
 
 class PeerTable:
@@ -96,80 +62,63 @@ class PeerTable:
         self._standing = standing
         self._limit = limit
         self._offers_limit = offers_limit
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._known: dict[str, Peer] = {}
+        self._names: dict[str, str] = {}  # nodes, by `rules.node_id`
         self._catalogue = Catalogue()
+        self._bytes = 0  # of the pages in their envelopes
         self._ends: list[tuple[int, str, int]] = []  # a heap: when a page may have expired
         self._behind: dict[str, tuple[int, ...]] = {}
         self._without_ipfs: dict[str, None] = {}
         self._joined: set[str] = set()
         self._stats: dict[str, Stats] = {}
-        self._floor = 0
         self._offers: tuple[int, list[Offer]] = (-1, [])
         self._counted = (float("-inf"), 0)
-        self._unwritten: dict[str, set[int]] = {}
-        self._gone: set[str] = set()
-        self._stale_mirror = asyncio.Event()
-        self._opened = False
+        self._mirror = Mirror(ledger, self._row)
+        self._random = random.Random()
 
     # -- the ledger ---------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Take in what the ledger remembers. Call once."""
         now = int(self._clock())
-        if await self._ledger.call(Ledger.get_meta, _OPEN) == "1":
-            self._floor = now * 1000
-        await self._ledger.call(Ledger.set_meta, _OPEN, "1")
         await self._ledger.call(Ledger.forget_peers, now - REMEMBER_S)
-        stored_peers = await self._ledger.call(Ledger.peers)
-        stored_peers.sort(key=lambda peer: (self._stays(peer.node), peer.expires), reverse=True)
-        for peer in stored_peers[: self._limit]:
-            self._entries[peer.node] = _Entry(peer, None, 0.0)
+        peers, pages = await self._mirror.open(now)
+        peers.sort(key=lambda peer: (self._stays(peer.node), peer.expires), reverse=True)
+        for peer in peers[: self._limit]:
+            self._entries[peer.node] = Entry(peer, None, 0.0)
             self._known[peer.node] = peer
-        self._gone |= {peer.node for peer in stored_peers[self._limit :]}
-        for stored in await self._ledger.call(Ledger.pages):
+            self._names[rules.node_id(peer.node)] = peer.node
+        for peer in peers[self._limit :]:
+            self._mirror.note(peer.node)
+        for stored in pages:
             self._remember(stored, now)
         for node in self._entries:
             self._note_behind(node)
-        self._opened = True
 
     async def close(self) -> None:
         """Write down what the ledger does not have yet. Idempotent."""
-        if self._opened:
-            self._opened = False
-            await self.mirror()
-            await self._ledger.call(Ledger.set_meta, _OPEN, "0")
+        await self._mirror.close()
 
     async def mirror(self) -> None:
         """Bring the ledger up to date, in one transaction."""
-        self._stale_mirror.clear()
-        unwritten, self._unwritten = self._unwritten, {}
-        gone, self._gone = self._gone, set()
-        if not unwritten and not gone:
-            return
-        entries = {node: self._entries[node] for node in unwritten if node in self._entries}
-        peers = [entry.peer for entry in entries.values()]
-        pages = [
-            StoredPage(node, number, page.revision, page.expires, page.envelope)
-            for node, entry in entries.items()
-            for number, page in entry.pages.items()
-            if number in unwritten[node]
-        ]
-        try:
-            await self._ledger.call(Ledger.save_peers, peers, pages, gone=gone - entries.keys())
-        except BaseException:
-            for node, numbers in unwritten.items():
-                self._unwritten.setdefault(node, set()).update(numbers)
-            self._gone |= gone
-            self._stale_mirror.set()
-            raise
+        await self._mirror.write()
 
     async def mirror_forever(self) -> None:
-        """Bring the ledger up to date whenever it is behind, every `MIRROR_S` at most."""
-        while True:
-            await self._stale_mirror.wait()
-            await asyncio.sleep(MIRROR_S)
-            await self.mirror()
+        """Bring the ledger up to date whenever it is behind. Supervised."""
+        await self._mirror.write_forever()
+
+    def _row(self, node: str, numbers: Collection[int]) -> tuple[Peer, list[StoredPage]] | None:
+        """A node and those of its pages as the ledger keeps them; None when it is not known any more."""
+        entry = self._entries.get(node)
+        if entry is None:
+            return None
+        pages = [
+            StoredPage(node, number, page.revision, page.expires, page.envelope)
+            for number, page in entry.pages.items()
+            if number in numbers
+        ]
+        return entry.peer, pages
 
     # -- what comes in ------------------------------------------------------------------------------------------------
 
@@ -180,7 +129,7 @@ class PeerTable:
         """
         now = int(self._clock())
         said = rules.accept(
-            envelope, now=now, known=self._known, own=self._own, floor=self._floor
+            envelope, now=now, known=self._known, own=self._own, floor=self._mirror.floor
         )
         if self._standing(said.node) == "blocked":
             raise Refused("announcement", "the node is blocked here")
@@ -188,14 +137,13 @@ class PeerTable:
         newest = entry is None or said.sequence > entry.peer.sequence
         if entry is not None and not newest and self._holds(entry, said):
             raise Repeated(f"page {said.page} of the node came again")
-        self._make_room(said, now)
+        self._make_room(said, len(envelope), now)
         if newest:
             self._hear(said, envelope, now)
         if said.page is not None:
             self._put(said.node, said.page, said.sequence, said.offers, envelope)
         self._note_behind(said.node)
-        self._unwritten.setdefault(said.node, set())
-        self._stale_mirror.set()
+        self._mirror.note(said.node, said.page)
         return said
 
     def keep(self, node: str) -> bool:
@@ -227,6 +175,17 @@ class PeerTable:
         self._sweep(now)
         for node in [node for node, peer in self._known.items() if peer.expires < now - REMEMBER_S]:
             self._forget(node)
+
+    def silence(self, peer: Peer) -> bool:
+        """Nobody finds that node any more: what it said counts no longer, until it says more. Whether anything changed."""
+        entry = self._entries.get(peer.node)
+        now = int(self._clock())
+        if entry is None or entry.peer.sequence != peer.sequence or entry.peer.expires <= now:
+            return False
+        entry.peer = self._known[peer.node] = dataclasses.replace(entry.peer, expires=now)
+        for number in list(entry.pages):
+            self._drop(peer.node, number)
+        return True
 
     # -- what is known ------------------------------------------------------------------------------------------------
 
@@ -293,31 +252,50 @@ class PeerTable:
         """The sequence number of the newest word of each live node, by `rules.node_id`."""
         return {rules.node_id(peer.node): peer.sequence for peer in self.peers()}
 
-    def want(self, most: int) -> dict[str, Sequence[int]]:
-        """The pages that are missing of at most that many live nodes, by `rules.node_id`."""
-        behind = list(self.behind().items())[:most]
-        return {rules.node_id(node): pages for node, pages in behind}
+    def want(self, most: int, first: str = "") -> dict[str, Sequence[int]]:
+        """The pages that are missing of at most that many live nodes, by `rules.node_id`: of the `first`, if some are, and of
+        the others as chance decides.
+        """
+        behind = self.behind()
+        nodes = self._random.sample(list(behind), min(most, len(behind)))
+        if first in behind:
+            nodes = list(dict.fromkeys([first, *nodes]))[:most]
+        return {rules.node_id(node): behind[node] for node in nodes}
 
     def news(
-        self, have: Mapping[str, int], want: Mapping[str, Collection[int]]
+        self,
+        have: Mapping[str, int] | None,
+        want: Mapping[str, Collection[int]],
+        *,
+        codes: Iterable[str] = (),
+        limit: int | None = None,
     ) -> dict[str, list[bytes]]:
         """The signed words of live nodes, by node, that somebody lacks: who has heard `have` (see there) and asks for `want`.
 
-        The newest word of a node comes before its pages.
+        Without `have` only the nodes in `want` count. The newest word of a node comes before its pages. Beyond `limit` bytes
+        there is no more; the nodes that offer a model with one of the `codes` come first, the others in another order each
+        time, so that every one gets its turn.
         """
         now = self._clock()
         found: dict[str, list[bytes]] = {}
-        for node, entry in self._entries.items():
+        size = 0
+        nodes = list(self._entries)
+        if have is None:
+            nodes = [self._names[name] for name in want if name in self._names]
+        sought = [node for code in codes for node, _ in self._catalogue.pages_with(code)]
+        for node in dict.fromkeys([*sought, *self._random.sample(nodes, len(nodes))]):
+            entry, name = self._entries[node], rules.node_id(node)
             if entry.head is None or entry.peer.expires <= now:
                 continue
-            name = rules.node_id(node)
-            heard, wanted = have.get(name, 0), want.get(name, ())
-            words: list[bytes] = [entry.head] if entry.peer.sequence > heard else []
-            for number, page in entry.named():
-                if page.revision > heard or number in wanted:
-                    words.append(page.envelope)
-            if words:
-                found[node] = list(dict.fromkeys(words))
+            wanted = want.get(name, ())
+            heard = have.get(name, 0) if have is not None else entry.peer.sequence
+            if entry.peer.sequence <= heard and not wanted:
+                continue
+            words = entry.lacked(entry.head, heard, wanted)
+            found[node] = words
+            size += sum(map(len, words))
+            if limit is not None and size > limit:
+                break
         return found
 
     def pages_with(self, codes: Iterable[str]) -> set[bytes]:
@@ -338,7 +316,7 @@ class PeerTable:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _holds(self, entry: _Entry, said: Announcement) -> bool:
+    def _holds(self, entry: Entry, said: Announcement) -> bool:
         page = entry.pages.get(-1 if said.page is None else said.page)
         return page is not None and page.revision == said.sequence
 
@@ -351,8 +329,8 @@ class PeerTable:
         )  # fmt: skip
         entry = self._entries.get(node)
         if entry is None:
-            entry = self._entries[node] = _Entry(peer, envelope, now)
-            self._gone.discard(node)
+            entry = self._entries[node] = Entry(peer, envelope, now)
+            self._names[rules.node_id(node)] = node
         entry.peer, entry.head, entry.heard = peer, envelope, now
         self._known[node] = peer
         if peer.peer_id is None:
@@ -372,15 +350,12 @@ class PeerTable:
         self, node: str, number: int, revision: int, offers: tuple[Offer, ...], envelope: bytes
     ) -> None:
         entry = self._entries[node]
-        expires = entry.peer.expires
-        page = entry.pages[number] = _Page(revision, expires, offers, envelope)
-        self._catalogue.put((node, number), offers)
-        self._look_again(node, number, page)
-        self._unwritten.setdefault(node, set()).add(number)
+        self._place(node, number, Page(revision, entry.peer.expires, offers, envelope))
 
     def _drop(self, node: str, number: int) -> None:
-        del self._entries[node].pages[number]
+        self._bytes -= len(self._entries[node].pages.pop(number).envelope)
         self._catalogue.take((node, number))
+        self._mirror.note(node, number)
 
     def _remember(self, stored: StoredPage, now: int) -> None:
         """A page of the ledger, if it lives."""
@@ -395,10 +370,17 @@ class PeerTable:
             offers = rules.read(stored.envelope).offers
         except (Malformed, NotVerified):  # a damaged row is like a page that never came
             return
-        page = _Page(stored.revision, expires, offers, stored.envelope)
-        entry.pages[stored.page] = page
-        self._catalogue.put((stored.node, stored.page), offers)
-        self._look_again(stored.node, stored.page, page)
+        page = Page(stored.revision, expires, offers, stored.envelope)
+        self._place(stored.node, stored.page, page)
+
+    def _place(self, node: str, number: int, page: Page) -> None:
+        pages = self._entries[node].pages
+        self._bytes += len(page.envelope)
+        if number in pages:
+            self._bytes -= len(pages[number].envelope)
+        pages[number] = page
+        self._catalogue.put((node, number), page.offers)
+        self._look_again(node, number, page)
 
     def _note_behind(self, node: str) -> None:
         missing = self._entries[node].missing()
@@ -407,7 +389,7 @@ class PeerTable:
         else:
             self._behind.pop(node, None)
 
-    def _look_again(self, node: str, number: int, page: _Page) -> None:
+    def _look_again(self, node: str, number: int, page: Page) -> None:
         page.look_at = page.expires
         heapq.heappush(self._ends, (page.look_at, node, number))
 
@@ -425,7 +407,7 @@ class PeerTable:
             else:
                 self._look_again(node, number, page)
 
-    def _make_room(self, said: Announcement, now: float) -> None:
+    def _make_room(self, said: Announcement, size: int, now: float) -> None:
         """Raises `Busy` when there is no place for what was said."""
         if self._stays(said.node):
             return
@@ -433,9 +415,15 @@ class PeerTable:
         entry = self._entries.get(said.node)
         if entry is None and len(self._entries) >= self._limit:
             self._evict(now, said.node, "this node knows as many others as it keeps")
-        old = entry.pages.get(-1 if said.page is None else said.page) if entry is not None else None
-        more = len(said.offers) - (len(old.offers) if old is not None else 0)
-        while more > 0 and self._catalogue.count + more > self._offers_limit:
+        if said.page is None:
+            return
+        old = entry.pages.get(said.page) if entry is not None else None
+        offers = len(said.offers) - (len(old.offers) if old is not None else 0)
+        size -= len(old.envelope) if old is not None else 0
+        while (
+            self._catalogue.count + offers > self._offers_limit
+            or self._bytes + size > self._offers_limit * OFFER_BYTES
+        ) and (offers > 0 or size > 0):
             self._evict(now, said.node, "more models are announced than this node keeps", offering=True)
 
     def _evict(self, now: float, newcomer: str, why: str, *, offering: bool = False) -> None:
@@ -449,7 +437,7 @@ class PeerTable:
             raise Busy("announcement", why)
         self._forget(min(gives)[2])
 
-    def _gives_way(self, node: str, entry: _Entry, now: float) -> bool:
+    def _gives_way(self, node: str, entry: Entry, now: float) -> bool:
         if self._stays(node):
             return False
         if entry.peer.expires <= now:
@@ -464,14 +452,8 @@ class PeerTable:
         for number in list(self._entries[node].pages):
             self._drop(node, number)
         del self._entries[node], self._known[node]
+        self._names.pop(rules.node_id(node), None)
         self._stats.pop(node, None)
         self._behind.pop(node, None)
         self._without_ipfs.pop(node, None)
-        self._unwritten.pop(node, None)
-        self._gone.add(node)
-        self._stale_mirror.set()
-
-
-def _served_first(numbered: tuple[int, _Page]) -> tuple[bool, int]:
-    number, page = numbered
-    return not any(offer.serving for offer in page.offers), number
+        self._mirror.note(node)

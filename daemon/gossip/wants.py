@@ -83,9 +83,11 @@ class Wants:
         spread = FIRST_S / 2 + SPREAD_S * self._table.count()
         for node in behind.keys() - self._wants.keys():
             self._wants[node] = _Want(now + FIRST_S / 2 + self._random.random() * spread)
-        waiting = sorted(self._wants, key=lambda node: self._wants[node].due)
+        # Who has not been asked about comes first: many that never give anything do not hold up the others.
+        waiting = sorted(self._wants, key=lambda node: (self._wants[node].asked, self._wants[node].due))
         due = [node for node in waiting if self._wants[node].due <= now]
-        return due[:AT_ONCE], self._wants[waiting[0]].due - now if waiting else None
+        pause = min((want.due for want in self._wants.values()), default=None)
+        return due[:AT_ONCE], None if pause is None else pause - now
 
     async def _ask(self, node: str) -> None:
         want = self._wants[node]
@@ -107,4 +109,4 @@ class Wants:
             helpers = [peer for peer in self._helpers() if peer.node != node]
             asked = self._random.choice(helpers) if helpers else None
         if asked is not None:
-            await self._meeting.tell(asked, ())
+            await self._meeting.ask(asked, node)

@@ -21,6 +21,7 @@ from daemon import network
 from daemon.config import Config
 from daemon.errors import SwarmError
 from daemon.gossip.gossip import Gossip
+from daemon.gossip.liveness import Liveness
 from daemon.gossip.pages import Card, OwnPages
 from daemon.gossip.peers import PeerTable
 from daemon.gossip.rendezvous import Rendezvous
@@ -89,7 +90,6 @@ class Connectivity:
         self.reachability = Reachability(
             self.node,
             self.ways,
-            http,
             membership,
             ports=self._own_ports,
             judges=self._judges,
@@ -128,6 +128,7 @@ class Connectivity:
         )
         self.ways.relays = RelayTunnels(pipes, self.relay)
         self.ways.lookup = table.peer
+        self.liveness = Liveness(table, self.ways, supervisor)
         self.rendezvous = Rendezvous(
             membership,
             self.gossip.meeting,
@@ -152,6 +153,7 @@ class Connectivity:
         self._good_peers: tuple[str, ...] = ()
         self._own_multiaddrs: tuple[str, ...] = ()
         self._ipfs_peers = 0
+        self._held: frozenset[str] = frozenset()  # whom we carried for when it was last looked at
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -212,6 +214,7 @@ class Connectivity:
         await self._supervisor.stop("own addresses")
         self.rendezvous.forget_provided()
         self._ipfs_peers = 0
+        self.liveness.disconnected()
         await self.gossip.on_ipfs_gone()
 
     def address(self) -> Address:
@@ -299,6 +302,13 @@ class Connectivity:
         if host is None or self._torrents is None or not self._torrents.port:
             return ()
         return (network.host_port(host, self._torrents.port),)
+
+    def outside(self) -> list[tuple[str, int]]:
+        """The (IP, port) at which BitTorrent peers may find us when both dial: right where a router keeps the port."""
+        if self._torrents is None:
+            return []
+        seen = [*self.reachability.external[:1], *reversed(self._torrents.dht.external_addresses)]
+        return [(address, self._torrents.port) for address in seen[:1]]
 
     def _urls(self) -> tuple[str, ...]:
         """Base URLs of our peer API."""
@@ -392,8 +402,10 @@ class Connectivity:
         return [code for wanted in self.relay.codes().values() for code in sorted(wanted)]
 
     def _on_carried(self) -> None:
-        """Others are carried for: the ways to them, and what is announced for them, follow by themselves."""
-        _log.info("this node carries for %d others", len(self.relay.held))
+        """Others are carried for, or no more: what is announced for them follows by itself."""
+        held = frozenset(self.relay.held)
+        self.liveness.let_go(self._held - held)
+        self._held = held
 
     def changed(self) -> None:
         """What this node offers is different: say so, to those who carry for us as well."""
@@ -467,7 +479,9 @@ class Connectivity:
         """Our own addresses change: a reservation is made, a cable is plugged in, somebody outside comes in."""
         while True:
             self.gossip.pubsub.identity = await node.identity()
-            self._ipfs_peers = len(await node.peers())
+            connected = await node.peers()
+            self._ipfs_peers = len(connected)
+            self.liveness.connected(connected)
             if self._config.network == "public":
                 await self._look_who_came(node)
             addresses = self._multiaddrs()

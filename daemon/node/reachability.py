@@ -13,9 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
-
-import aiohttp
 
 from daemon.errors import SwarmError
 from daemon.membership import Membership
@@ -32,7 +31,7 @@ Nat = Literal["none", "port-preserving", "symmetric", "unknown"]
 
 ASKED = 3  # nodes asked at a time
 _AGAIN_S = 600.0  # after a verdict
-_RETRY_S = 5.0  # while there is none
+_RETRY_S = 5.0  # while there is none, and at first while the kind of NAT is not known
 _SETTLE_S = 0.02  # several reasons to look again are one
 
 
@@ -43,7 +42,6 @@ class Reachability:
         self,
         own: str,
         ways: Ways,
-        http: aiohttp.ClientSession,
         membership: Membership,
         *,
         ports: Callable[[], Mapping[str, int]],
@@ -56,7 +54,6 @@ class Reachability:
         self.nat: Nat = "unknown"
         self._own = own
         self._ways = ways
-        self._http = http
         self._membership = membership
         self._ports = ports
         self._judges = judges
@@ -76,12 +73,16 @@ class Reachability:
 
     async def run(self) -> None:
         """Ask now and then, and whenever there is a reason to. Supervised."""
+        unsure_s = _RETRY_S
         while True:
             self._look.clear()
             verdicts = await self._ask_some()
             if verdicts:
                 self._judge(verdicts)
             wait_s = _AGAIN_S if verdicts else _RETRY_S
+            if verdicts and self.nat == "unknown":
+                # Those who answer may announce a URL later, and only a plain connection shows the kind.
+                wait_s, unsure_s = unsure_s, min(2 * unsure_s, _AGAIN_S)
             try:
                 async with asyncio.timeout(wait_s):
                     await self._look.wait()
@@ -102,9 +103,18 @@ class Reachability:
         return [(verdict, port) for verdict, port in verdicts if verdict.address is not None]
 
     async def _ask(self, peer: Peer) -> tuple[dialback.Verdict, int | None]:
+        if peer.address.http and peer.peer_id is not None:
+            # A plain connection shows what our NAT does with ports, which one through IPFS does not.
+            try:
+                return await self._ask_over(replace(peer, peer_id=None))
+            except SwarmError as error:
+                _log.debug("no plain connection to a node that announces a URL: %s", error)
+        return await self._ask_over(peer)
+
+    async def _ask_over(self, peer: Peer) -> tuple[dialback.Verdict, int | None]:
         async with self._ways.to(peer, via=NEVER) as way:
             return await dialback.ask(
-                self._http, way, self._own, self._ports(), membership=self._membership
+                way, self._own, self._ports(), membership=self._membership
             )
 
     def _judge(self, verdicts: Sequence[tuple[dialback.Verdict, int | None]]) -> None:

@@ -11,12 +11,13 @@ made to knock at a third party's door. What is dialled:
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import aiohttp
-from aiohttp import web
+from aiohttp import AddrInfoType, web
 
 from daemon.buckets import Buckets
 from daemon.config import Network
@@ -130,7 +131,6 @@ class DialBack:
 
 
 async def ask(
-    http: aiohttp.ClientSession,
     way: Way,
     node: str,
     ports: Mapping[str, int],
@@ -144,20 +144,40 @@ async def ask(
     question = strictjson.dumps({"node": node, "ports": dict(ports)})
     body = membership.seal(question, _QUESTION)
     kind = membership.media_type("application/json")
-    headers = {**way.headers, "Content-Type": kind, "Connection": "close"}
+    headers = {**way.headers, "Content-Type": kind}
     timeout = aiohttp.ClientTimeout(total=_ASK_S)
+    left_from = _LocalPort()
+    # A connection of its own: only so is it known which port it leaves from.
+    connector = aiohttp.TCPConnector(socket_factory=left_from.socket)
     try:
-        async with http.post(
-            way.url + PATH, data=body, headers=headers, timeout=timeout, allow_redirects=False
-        ) as response:
-            transport = response.connection.transport if response.connection else None
-            local = transport.get_extra_info("sockname") if transport else None
+        async with (
+            aiohttp.ClientSession(
+                connector=connector, middlewares=(membership.middleware,)
+            ) as http,
+            http.post(
+                way.url + PATH, data=body, headers=headers, timeout=timeout, allow_redirects=False
+            ) as response,
+        ):
             data = await response.content.read(_LIMIT + membership.overhead + 1)
             if response.status != 200:
                 raise Unserved("dial-back", f"a node answered {response.status}")
     except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
         raise Unserved("dial-back", "the node that was asked does not answer") from error
-    return _parse_verdict(data, membership), local[1] if local else None
+    return _parse_verdict(data, membership), left_from.port
+
+
+class _LocalPort:
+    """Makes sockets, and knows the local port of the last one."""
+
+    def __init__(self) -> None:
+        self.port: int | None = None
+
+    def socket(self, info: AddrInfoType) -> socket.socket:
+        family, kind, protocol, _, _ = info
+        made = socket.socket(family, kind, protocol)
+        made.bind(("", 0))
+        self.port = int(made.getsockname()[1])
+        return made
 
 
 def _parse(sealed: bytes, membership: Membership) -> tuple[str, dict[str, int]]:

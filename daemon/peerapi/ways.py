@@ -12,6 +12,7 @@ afterwards is sealed or signed, so that a lie leads nowhere.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -44,6 +45,7 @@ CONNECT_S = 5.0  # for one way to a peer
 RELAYS_AFTER_S = 0.3  # head start of the ways without a relay
 _URLS_TRIED = 3
 _MULTIADDRS_TRIED = 8
+_LOOK_S = 0.1
 _REACHED_KEPT = 1024  # nodes of which is known how they were reached
 
 AUTO, NEVER = "auto", "never"  # of `via`; anything else is the node key of a relay
@@ -146,7 +148,10 @@ class Ways:
         candidates = self._candidates(peer, via, avoid, kind=BYTES if bulk else MESSAGES)
         if not candidates and via not in (AUTO, NEVER):
             raise Unserved("peer", f"node {via.removeprefix('ed25519:')[:8]} does not carry for it")
-        stack, way = await self._first(candidates, peer.node, deadline_s)
+        if _says_how(peer):
+            stack, way = await self._first(candidates, peer.node, deadline_s)
+        else:
+            stack, way = await self._now_or_later(candidates, peer.node, via, avoid, deadline_s)
         self._note(peer.node, way)
         async with stack:
             yield way
@@ -161,6 +166,37 @@ class Ways:
         stack, way = await self._first(ways, address.node, deadline_s)
         async with stack:
             yield way
+
+    async def _now_or_later(
+        self,
+        candidates: Sequence[_Candidate],
+        node: str,
+        via: str,
+        avoid: Collection[str],
+        deadline_s: float,
+    ) -> tuple[AsyncExitStack, Way]:
+        """The first way to a node that announces none: it has joined just now, and says how it is reached in a moment."""
+
+        async def later() -> tuple[AsyncExitStack, Way]:
+            peer = await self._announced(node, deadline_s)
+            return await self._first(self._candidates(peer, via, avoid), node, deadline_s)
+
+        try:
+            return await first([self._first(candidates, node, deadline_s), later()])
+        except Unserved as error:
+            raise Unreachable(error.what, error.why, error.hint) from error
+
+    async def _announced(self, node: str, deadline_s: float) -> Peer:
+        """A node as soon as it announces an endpoint."""
+        end = time.monotonic() + deadline_s
+        while time.monotonic() < end:
+            peer = self.lookup(node)
+            if peer is None:
+                raise _no_way()
+            if _says_how(peer):
+                return peer
+            await asyncio.sleep(_LOOK_S)
+        raise Unreachable("peer", "it does not say how it is reached", "try again soon")
 
     def _note(self, node: str, way: Way) -> None:
         self._reached.pop(node, None)
@@ -252,7 +288,7 @@ class Ways:
         self, candidates: Sequence[_Candidate], node: str, deadline_s: float
     ) -> tuple[AsyncExitStack, Way]:
         if not candidates:
-            raise Unreachable("peer", "there is no way to it", "check that it runs, and its address")
+            raise _no_way()
         race = _Race(len(candidates))
         try:
             return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
@@ -336,6 +372,16 @@ async def _open(
 ) -> AsyncIterator[Way]:
     async with tunnel as url:
         yield Way(url, via)
+
+
+def _no_way() -> Unreachable:
+    return Unreachable("peer", "there is no way to it", "check that it runs, and its address")
+
+
+def _says_how(peer: Peer) -> bool:
+    """Whether a node announces any endpoint."""
+    address = peer.address
+    return bool(address.http or address.ipfs or address.relays)
 
 
 def _peer_id(address: Address) -> str | None:

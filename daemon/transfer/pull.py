@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from daemon.engine import gguf
 from daemon.errors import Unavailable, Unserved, UsageError, VerificationError
+from daemon.ipfs.interface import IpfsNode
 from daemon.torrent import metainfo
+from daemon.torrent.download import Download
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Fetch, Sources, Wanted
 from daemon.transfer.identify import Identified, identify
+from daemon.transfer.introductions import Introductions
 from daemon.transfer.library import Arrival, Library
 from daemon.transfer.publish import Publisher
 from daemon.transfer.resolve import Plan, Resolver, check_torrent
@@ -31,6 +35,7 @@ from registry.records import GgufFacts, Model
 log = logging.getLogger(__name__)
 
 _METADATA_S = 20.0
+_AGAIN_S = 0.5  # between two tries to find out what a file is made of
 _FILE = "model.gguf"
 
 
@@ -43,6 +48,7 @@ class Puller:
         publisher: Publisher,
         torrents: TorrentSession | None,
         sources: Sources,
+        introductions: Introductions | None,
     ) -> None:
         self._store = store
         self._library = library
@@ -50,6 +56,7 @@ class Puller:
         self._publisher = publisher
         self._torrents = torrents
         self._sources = sources
+        self._introductions = introductions
         self._fetching = KeyLocks()  # by Plan.key
 
     async def pull(self, transfer: Transfer, text: str) -> Model:
@@ -190,18 +197,20 @@ class Puller:
     async def _fetch(self, transfer: Transfer, plan: Plan, path: Path) -> None:
         if plan.torrent is not None and self._torrents is not None:
             download = await self._torrents.download(plan.torrent, path.parent, path.name)
+            introducing = asyncio.create_task(self._introduce(plan, download))
             try:
                 await download.checked()
                 await Fetch(self._sources, self._wanted(plan), transfer, download, download).run()
             finally:
+                introducing.cancel()
+                await asyncio.gather(introducing, return_exceptions=True)
                 await download.close()
             return
-        node = self._sources.ipfs()
-        if plan.cid is None or node is None:
+        if plan.cid is None or self._sources.ipfs() is None:
             raise Unavailable(
                 plan.name or plan.ref, "IPFS is not running and no torrent of it is known", "swarmctl doctor tells what is missing"
             )
-        leaves = await node.leaves(plan.cid, deadline_s=self._sources.patience.give_up)
+        node, leaves = await self._leaves(plan.cid)
         size = plan.size or 0
         ours = len(leaves) == max(1, -(-size // LEAF_SIZE))
         sink = LeafSink(path, size, leaves if ours else [])
@@ -211,6 +220,28 @@ class Puller:
         await Fetch(self._sources, wanted, transfer, sink, None).run()
         if not ours:
             await node.drop_blocks(leaves)
+
+    async def _leaves(self, cid: str) -> tuple[IpfsNode, list[str]]:
+        """The leaves of a file, from the IPFS node of now: it may start again while it looks for them."""
+        give_up = self._sources.patience.give_up
+        deadline = time.monotonic() + give_up
+        while True:
+            node = self._sources.ipfs()
+            try:
+                if node is None:
+                    raise Unavailable("IPFS", "it is not running", "swarmctl status tells its state")
+                return node, await node.leaves(cid, deadline_s=give_up)
+            except (Unavailable, Unserved):
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _introduce(self, plan: Plan, download: Download) -> None:
+        """Have holders that cannot be dialled dial us, as long as the download runs."""
+        infohash = plan.infohash_v2 or plan.infohash
+        if self._introductions is not None and infohash is not None:
+            holders = partial(self._resolver.holders_of, plan)
+            await self._introductions.keep(infohash, holders, download.add_peers)
 
     def _wanted(self, plan: Plan) -> Wanted:
         return Wanted(

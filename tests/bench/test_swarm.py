@@ -123,6 +123,7 @@ async def test_bytes_per_second(nodes: int, ledger: LedgerThread) -> None:
     ear, talk = Ear(ledger), Talk(population, interests)
     speakers: dict[int, Speaker] = {}
     first: dict[int, float] = {}
+    beats: list[int] = []
     counted = {"beats": 0, "changes": 0, "asked for": 0}
     begin, end = START + pace.LONGEST_HEARTBEAT_S, START + 3 * pace.LONGEST_HEARTBEAT_S
     for now, number, change, lifetime in talk.until(end):
@@ -138,6 +139,8 @@ async def test_bytes_per_second(nodes: int, ledger: LedgerThread) -> None:
         if ear.table.is_behind(speaker.node):
             ear.hears(speaker.page)
             cost["asked for"] = len(speaker.page) + EXCHANGE
+        if not change:
+            beats.append(len(word))
         if now >= begin:
             for what, size in cost.items():
                 counted[what] += size
@@ -150,6 +153,11 @@ async def test_bytes_per_second(nodes: int, ledger: LedgerThread) -> None:
         f" {ear.table.count():,} nodes listed of {held:,} on these topics"
     )
     speeds = [f"{kind} {raw / ear.accept_s[kind]:.2f}" for kind, raw in ear.raw_s.items()]
+    if MAIN not in talk.topics:
+        # What the daemon does now: everybody on one topic, as slowly as it may.
+        interval = pace.interval_s(pace.HEARTBEAT_S, min(nodes, PEERS_LIMIT))
+        rate = nodes / interval * statistics.mean(beats) / 1000
+        print(f"         without shards, as the daemon does now: beats alone {rate:.0f} KB/s")
     print(f"         accepted/s against the raw rate of the signature check: {', '.join(speeds)}")
 
 

@@ -64,11 +64,35 @@ async def test_how_a_peer_was_reached_is_known_until_it_is_reached_anew() -> Non
             assert way.via is None
         assert ways.via(HOME) is None
         with pytest.raises(Unserved):
-            async with ways.to(peer(HOME, None), via=NEVER):
+            async with ways.to(peer(HOME, None), via=NEVER, deadline_s=0.1):
                 pass
         assert ways.via(HOME) is None
         with pytest.raises(Unserved, match="node 12121212 does not carry for it"):
             async with ways.to(peer(HOME, home, relay), via="ed25519:" + "12" * 32):
+                pass
+
+
+async def test_a_peer_that_has_just_joined_is_reached_when_it_says_how() -> None:
+    async with answering(HOME) as home, aiohttp.ClientSession() as http:
+        ways = Ways(network="loopback", ipfs=no_ipfs, http=http, membership=OpenSwarm())
+        asked: list[str] = []
+
+        def lookup(node: str) -> Peer:
+            asked.append(node)
+            return peer(node, home if len(asked) > 2 else None)
+
+        ways.lookup = lookup
+        async with ways.to(peer(HOME, None)) as way:
+            assert way.url == home
+        assert asked == [HOME] * 3
+
+
+async def test_one_that_never_says_how_is_given_up() -> None:
+    async with aiohttp.ClientSession() as http:
+        ways = Ways(network="loopback", ipfs=no_ipfs, http=http, membership=OpenSwarm())
+        ways.lookup = lambda node: peer(node, None)
+        with pytest.raises(Unserved, match="it does not say how it is reached"):
+            async with ways.to(peer(HOME, None), deadline_s=0.1):
                 pass
 
 

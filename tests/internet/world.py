@@ -235,10 +235,10 @@ class World:
     def unblock(self, one: Host, other: Host) -> None:
         self._between("-D", one, other)
 
-    def up(self, *hosts: Host) -> None:
-        """Start several nodes at once."""
+    def up(self, *hosts: Host, settings: Sequence[str] = ()) -> None:
+        """Start several nodes at once, all with the same `settings`."""
         with ThreadPoolExecutor(max(1, len(hosts))) as pool:
-            list(pool.map(Host.up, hosts))
+            list(pool.map(lambda host: host.up(*settings), hosts))
 
     def close(self) -> None:
         """Kill all that runs in here. Idempotent."""

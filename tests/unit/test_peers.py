@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from daemon.buckets import Buckets
 from daemon.errors import Busy, NoSpace, Refused
 from daemon.gossip.exchange import chosen
-from daemon.gossip.peers import PeerTable, Standing
+from daemon.gossip.peers import OFFER_BYTES, PeerTable, Standing
 from daemon.ledger import LedgerThread
 from registry import announcement as rules
 from registry.cid import leaf_cid
@@ -256,8 +256,14 @@ async def test_a_node_that_names_pages_and_never_gives_them(ledger: LedgerThread
     peers.accept(a.beat(sequence=100))
     assert peers.behind() == {a.node: tuple(range(64))}
     assert peers.offers() == [] and len(peers.envelopes()[a.node]) == 1
+    others = [Speaker(clock) for _ in range(5)]
+    for other in others:
+        other.revisions = (1,)
+        peers.accept(other.beat(sequence=100))
+    for _ in range(20):
+        assert len(peers.want(2)) == 2 and next(iter(peers.want(2, others[3].node))) == rules.node_id(others[3].node)
     clock[0] += 600
-    assert peers.behind() == {}
+    assert peers.behind() == peers.want(64) == {}
 
 
 async def test_who_says_what_it_has_is_given_the_rest(ledger: LedgerThread, clock: list[int], cids: list[str]) -> None:
@@ -270,9 +276,26 @@ async def test_who_says_what_it_has_is_given_the_rest(ledger: LedgerThread, cloc
     assert peers.news({name: 5}, {}) == {}
     assert peers.news({name: 4}, {}) == {a.node: [words[4]]}
     assert peers.news({name: 3}, {}) == {a.node: [words[4], words[3]]}
-    assert peers.news({name: 5}, {name: [0, 7]}) == {a.node: [words[0]]}
+    assert peers.news({name: 5}, {name: [0, 7]}) == {a.node: [words[4], words[0]]}
+    assert peers.news(None, {name: [1]}) == {a.node: [words[4], words[3]]}
+    assert peers.news(None, {}) == peers.news(None, {"f" * 16: [0]}) == {}
     assert peers.news({}, {}) == {a.node: [words[4], words[0], words[3]]}
     assert peers.news({}, {"f" * 16: [0]}) == {a.node: [words[4], words[0], words[3]]}
+
+
+async def test_what_is_given_is_bounded_and_every_node_gets_its_turn(ledger: LedgerThread, clock: list[int]) -> None:
+    peers, speakers = table(ledger, clock), [Speaker(clock) for _ in range(8)]
+    sizes = []
+    for speaker in speakers:
+        word = speaker.beat()
+        peers.accept(word)
+        sizes.append(len(word))
+    seen: set[str] = set()
+    for _ in range(200):
+        given = peers.news({}, {}, limit=2 * max(sizes))
+        assert 2 <= len(given) <= 4
+        seen |= given.keys()
+    assert seen == {speaker.node for speaker in speakers}
 
 
 # -- the ledger -------------------------------------------------------------------------------------------------------------
@@ -415,6 +438,20 @@ async def test_the_number_of_offers_is_bounded(ledger: LedgerThread, clock: list
     peers.accept(a.says(*cids[:2]))
     peers.accept(b.says(cids[0]))
     assert len(offered(peers)) == 3
+
+
+async def test_pages_without_offers_are_bounded_by_their_bytes(ledger: LedgerThread, clock: list[int]) -> None:
+    peers, a = table(ledger, clock, offers_limit=8), Speaker(clock)
+    with pytest.raises(Busy):
+        for page in range(64):
+            peers.accept(a.says(page=page))
+    assert sum(map(len, peers.envelopes()[a.node])) < 9 * OFFER_BYTES
+    await peers.mirror()
+    assert len(await ledger.call(Ledger.pages)) < 64
+    clock[0] += 600
+    assert peers.offers() == []
+    await peers.mirror()
+    assert await ledger.call(Ledger.pages) == [] and len(await ledger.call(Ledger.peers)) == 1
 
 
 async def test_statistics_follow_the_latest_and_belong_to_known_nodes(ledger: LedgerThread, clock: list[int]) -> None:
