@@ -79,24 +79,25 @@ class RangeServer:
             if path is None:
                 raise NotFound("bytes", "this node does not have it")
             start, data, size = await asyncio.to_thread(_read, path, _wanted(request))
-            await self._limit.take(len(data))
-            await asyncio.sleep(self._bytes.owe(source, len(data)))
-            return await self._send(request, start, data, size)
+            return await self._send(request, source, start, data, size)
 
     async def _send(
-        self, request: web.Request, start: int, data: bytes, size: int
+        self, request: web.Request, source: str, start: int, data: bytes, size: int
     ) -> web.StreamResponse:
         body = memoryview(self._membership.seal(data, SEALED))
         response = web.StreamResponse(status=206)
         response.content_type = "application/octet-stream"
         response.content_length = len(body)
         response.headers["Content-Range"] = f"bytes {start}-{start + len(data) - 1}/{size}"
+        await response.prepare(request)
         try:
-            async with asyncio.timeout(self._idle_s) as deadline:
-                await response.prepare(request)
-                for at in range(0, len(body), _CHUNK):
-                    await response.write(body[at : at + _CHUNK])
-                    deadline.reschedule(asyncio.get_running_loop().time() + self._idle_s)
+            for at in range(0, len(body), _CHUNK):
+                chunk = body[at : at + _CHUNK]
+                await self._limit.take(len(chunk))
+                await asyncio.sleep(self._bytes.owe(source, len(chunk)))
+                async with asyncio.timeout(self._idle_s):
+                    await response.write(chunk)
+            async with asyncio.timeout(self._idle_s):
                 await response.write_eof()
         except TimeoutError:
             # The header is out: nothing can be said any more.
