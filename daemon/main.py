@@ -66,6 +66,7 @@ from daemon.transfer.seeding import Seeding
 from daemon.transfer.sources import RateLimit
 from daemon.transfer.store import Store
 from daemon.transfer.transfers import Transfer, Transfers, utc_now
+from daemon.transfer.vouching import Vouching
 from daemon.trust import TrustBook
 from registry import envelope
 from registry.address import parse_address
@@ -329,6 +330,8 @@ class _Daemon:
             voice.connectivity.rendezvous.search,
             has.torrents,
         )
+        vouching = Vouching(has.library, resolver, has.trust.decide, time.monotonic)
+        voice.supervisor.run("vouching", vouching.run, restart=True)
         patience = Patience(config.transfer.stall, config.transfer.give_up)
         sources = Sources(
             self._ipfs,
