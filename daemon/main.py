@@ -221,6 +221,7 @@ class _Daemon:
                 upload_rate=config.transfer.upload_rate,
                 dht_bootstrap=[host_port(entry) for entry in config.torrent.dht_bootstrap],
                 dht_state=config.home / "torrents" / "dht.state",
+                nearby=network.own_networks(),
             )
             await torrents.start()
             stack.push_async_callback(torrents.close)

@@ -11,6 +11,7 @@ but for a look at this machine's own addresses.
 from __future__ import annotations
 
 import socket
+from ipaddress import ip_network
 
 import psutil
 
@@ -62,6 +63,19 @@ def own_addresses() -> frozenset[str]:
     found = psutil.net_if_addrs().values()
     addresses = (entry.address.partition("%")[0] for entries in found for entry in entries)
     return frozenset(address for address in addresses if ranges.is_address(address))
+
+
+def own_networks() -> tuple[str, ...]:
+    """The private networks that this machine's interfaces are in, loopback left out; IPv6 only as far as links reach."""
+    found: set[str] = {"fe80::/10"}
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            if entry.family is not socket.AF_INET or not entry.netmask:
+                continue
+            network = ip_network(f"{entry.address}/{entry.netmask}", strict=False)
+            if network.is_private and not network.is_loopback:
+                found.add(str(network))
+    return tuple(sorted(found))
 
 
 def global_address() -> str | None:
