@@ -22,6 +22,7 @@ from daemon.config import Network, host_port
 from daemon.errors import Busy, SwarmError, Unserved, UsageError, VerificationError
 from daemon.membership import Membership
 from daemon.network import host_port as joined
+from daemon.peerapi.reading import read_at_most
 from daemon.peerapi.server import Route, read_body, source_of
 from daemon.peerapi.ways import Ways
 from registry import endpoints, ranges, strictjson
@@ -124,7 +125,7 @@ class Introductions:
                     allow_redirects=False,
                 ) as response,
             ):
-                data = await response.content.read(limit + 1)
+                data = await read_at_most(response, limit)
                 if response.status != 200:
                     raise Unserved("peer", f"its peer API answered {response.status}")
         except (aiohttp.ClientError, OSError) as error:
