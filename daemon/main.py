@@ -53,12 +53,13 @@ from daemon.relaying import pipes
 from daemon.supervise import Supervisor
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Patience, Sources
+from daemon.transfer.holders import Holders
 from daemon.transfer.introductions import Introductions
 from daemon.transfer.library import Library
 from daemon.transfer.objects import Objects, ObjectServer
 from daemon.transfer.publish import Publisher
 from daemon.transfer.pull import Puller
-from daemon.transfer.ranges import Holders, RangeServer
+from daemon.transfer.ranges import RangeServer
 from daemon.transfer.resolve import Resolver
 from daemon.transfer.resolve import parse as parse_ref
 from daemon.transfer.seeding import Seeding

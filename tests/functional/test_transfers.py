@@ -139,6 +139,17 @@ def test_kubo_killed_in_the_middle_and_bittorrent_finishes(node: Callable[[str],
     assert b.run("status")["ipfs"]["pid"] != kubo
 
 
+def test_kubo_killed_in_the_middle_without_bittorrent(node: Callable[[str], Node], original: Path) -> None:
+    a, b = node("a").up(), node("b").up("--torrent-enabled", "false", "--transfer-download-rate", SLOW)
+    b.join(a)
+    model = a.run("publish", str(original))
+    kubo = b.run("status")["ipfs"]["pid"]
+    pulled = finished(interrupt(b, model["code"], lambda: os.kill(kubo, signal.SIGKILL)))
+    assert pulled["sources"]["disk"] == pulled["sources"]["bittorrent"] == 0
+    assert pulled["sources"]["ipfs"] + pulled["sources"]["https"] == SIZE  # nothing verified was fetched again
+    assert sha256(blob(b, pulled)) == model["sha256"]
+
+
 @pytest.mark.parametrize("settings", [(), ("--ipfs-enabled", "false")], ids=["ipfs", "bittorrent"])
 def test_kill_9_of_the_daemon_in_the_middle_then_resume(node: Callable[[str], Node], original: Path, settings: tuple[str, ...]) -> None:
     a = node("a").up()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,23 @@ async def test_a_magnet_names_its_manifest_which_comes_over_bittorrent(trust: Tr
     plan = await verified(world, trust, named(data))
     assert (plan.signed_by, plan.cid) == (envelope.key_name(ALICE), CID)
     assert plan.manifest == object_cid(data)
+
+
+async def test_without_bittorrent_a_magnet_is_looked_for_among_those_who_announce_it(trust: TrustBook) -> None:
+    world = World()
+    data = signed(ALICE)
+
+    async def search(ref: str | None, found: Callable[[], bool]) -> None:
+        world.offer(data)
+        assert found()
+
+    resolver = Resolver(world, world, trust, lambda: None, False, search, None)  # type: ignore[arg-type]  # as above
+    for magnet in (named(data), refs.magnet(IDENTITY.infohash, None, "Qwen", 9)):
+        world.found.clear()
+        plan = await resolver.resolve(magnet)
+        if plan.manifest_torrent is not None:
+            plan = await resolver.named_manifest(plan, [])
+        assert (plan.signed_by, plan.cid) == (envelope.key_name(ALICE), CID)
 
 
 async def test_a_magnets_manifest_comes_from_who_announces_it_too(trust: TrustBook) -> None:
