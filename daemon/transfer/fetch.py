@@ -30,6 +30,7 @@ _CONNECT_S = 3.0
 _HOPELESS_S = 20.0  # without a byte, where no holder can be dialled and no relay carries bytes of models
 _HOLDER_AGAIN_S = 3.0  # between two tries to reach holders over their peer API
 _HOLDER_WORKERS = 2
+_HOLDER_RANGE = 4 << 20  # bytes; what a relay has begun to carry it carries to the end of a range
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,9 @@ class Fetch:
         self._started = time.monotonic()
         self._last_ipfs = self._last_any = self._last_near = self._started
         self._ipfs_bytes = self._from_peers = 0
+        self._claimed: set[int] = set()  # pieces that IPFS or a holder is bringing
+        self._ipfs_run: asyncio.Task[None] | None = None
+        self._from_holder_now: set[int] = set()  # those of them that a holder is bringing
         self._declined = False  # all holders are known to be behind relays that carry no bytes of models
 
     async def run(self) -> None:
@@ -123,11 +127,12 @@ class Fetch:
                 self._sources.limit,
                 self._from_ipfs,
                 stall_s=_PATIENCE * self._sources.patience.stall,
+                claimed=self._claimed,
             )
             before = self._ipfs_bytes
             try:
                 await self._connect(node)
-                await source.run()
+                await self._until_given_back(source)
             except (Unserved, Unavailable) as error:
                 log.info("IPFS does not deliver %s: %s", cid, error)
                 self._join.set()
@@ -137,6 +142,17 @@ class Fetch:
         if not self._sink.missing():
             self._whole.set()
         self._join.set()
+
+    async def _until_given_back(self, source: RangeSource) -> None:
+        """Run the source of IPFS, which ends early when others take over what it does not bring."""
+        self._ipfs_run = run = asyncio.create_task(source.run())
+        try:
+            await asyncio.wait({run})
+        finally:
+            run.cancel()
+            await asyncio.wait({run})
+        if not run.cancelled():
+            run.result()
 
     async def _connect(self, node: IpfsNode) -> None:
         """Bring IPFS to the nodes that are known to have the file; without a DHT nothing else would."""
@@ -171,8 +187,13 @@ class Fetch:
             await asyncio.sleep(_HOLDER_AGAIN_S)
 
     async def _draw_from_holder(self, reader: HolderReader, cid: str, turns: _Turns) -> None:
+        if self._ipfs_run is not None:
+            self._ipfs_run.cancel()  # it is silent: what it waits for is free again
+            await asyncio.wait({self._ipfs_run})
+        source = self._range_source(reader, cid)
+        self._from_holder_now = source.claims
         try:
-            await self._range_source(reader, cid).run()
+            await source.run()
         except Unserved as error:
             log.info("a holder does not deliver %s: %s", cid, error)
             turns.pass_over(reader.node)
@@ -189,8 +210,10 @@ class Fetch:
             self._sink,
             self._sources.limit,
             self._from_holder,
-            stall_s=_PATIENCE * patience.stall,
+            stall_s=2 * patience.stall,
+            claimed=self._claimed,
             workers=_HOLDER_WORKERS,
+            range_size=_HOLDER_RANGE,
             go_on=lambda: time.monotonic() - self._last_near > patience.stall,
         )
 
@@ -250,7 +273,8 @@ class Fetch:
     def _end_game(self) -> None:
         """What IPFS has taken on and does not bring may come from BitTorrent too."""
         if self._sources.ipfs() is None or time.monotonic() - self._last_ipfs > self._sources.patience.stall:
-            self._sink.include(self._sink.missing())
+            free = (piece for piece in self._sink.missing() if piece not in self._from_holder_now)
+            self._sink.include(list(free))
 
     def _here(self) -> int:
         return self._wanted.size - sum(self._sink.piece_size(piece) for piece in self._sink.missing())

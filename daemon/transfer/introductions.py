@@ -36,7 +36,7 @@ _LIMIT = 1024  # bytes
 _BROUGHT, _GIVEN = "meet-question", "meet-answer"
 _ASK_S = 5.0
 _AGAIN_S = 10.0  # between two introductions to the same holder
-_SOON_S = 0.5
+_SOON_S = 0.1
 _HOLDERS = 8
 _INFOHASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -93,6 +93,11 @@ class Introductions:
     ) -> None:
         """Until it is cancelled: be introduced to those of `holders()` that announce no address for BitTorrent."""
         while True:
+            if not self._outside():
+                # Who has just come does not know yet how it is seen. An attempt that only one side makes is in the way of
+                # the next, until it runs out.
+                await asyncio.sleep(_SOON_S)
+                continue
             hidden = [peer for peer in holders() if not peer.address.bittorrent][:_HOLDERS]
             results = await asyncio.gather(
                 *(self._meet(infohash, peer) for peer in hidden), return_exceptions=True
@@ -102,8 +107,7 @@ class Introductions:
                     on_peers(result)
                 elif not isinstance(result, SwarmError):
                     raise result
-            # Who has just come does not know yet how it is seen.
-            await asyncio.sleep(_AGAIN_S if self._outside() else _SOON_S)
+            await asyncio.sleep(_AGAIN_S)
 
     async def _meet(self, infohash: str, peer: Peer) -> list[tuple[str, int]]:
         kind = self._membership.media_type("application/json")

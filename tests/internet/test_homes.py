@@ -14,6 +14,7 @@ from tests.functional.nodes import until
 from tests.internet.scenes import ANSWER, OPEN
 from tests.internet.world import Host, World
 
+once = pytest.mark.parametrize("homes", [True], indirect=True, ids=["open"])
 
 
 @dataclass
@@ -61,6 +62,7 @@ def test_they_talk_without_a_third_node(homes: Homes) -> None:
     assert answer["via"] is None
 
 
+@once
 def test_a_public_host_dies_and_all_goes_on(homes: Homes) -> None:
     homes.r1.power_off()
     homes.a.run("serve", homes.code)
@@ -71,6 +73,7 @@ def test_a_public_host_dies_and_all_goes_on(homes: Homes) -> None:
     assert homes.b.blobs() == homes.a.blobs()
 
 
+@once
 def test_of_two_that_serve_one_dies_and_the_other_is_asked(homes: Homes) -> None:
     homes.b.run("serve", homes.code)
     until(lambda: homes.r2.served(homes.code)["nodes"] == 2, "both on R2's list")
@@ -79,6 +82,7 @@ def test_of_two_that_serve_one_dies_and_the_other_is_asked(homes: Homes) -> None
     assert answer["answered_by"] == homes.b.status["node"]
 
 
+@once
 def test_one_that_is_killed_is_offered_to_nobody(homes: Homes) -> None:
     homes.b.kill()
 
