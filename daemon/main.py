@@ -294,7 +294,7 @@ class _Daemon:
                 voice.http,
                 has.torrents,
                 network=config.network,
-                outside=connectivity.outside,
+                outside=connectivity.endpoints.for_bittorrent,
             )
             routes += introductions.routes()
         api = PeerApi(
@@ -303,8 +303,8 @@ class _Daemon:
             allowed=partial(network.may_come, config),
             on_direct=connectivity.came,
         )
-        hosts, port = network.hosts(config), network.port(config)
-        connectivity.ports = await stack.enter_async_context(api.listening(hosts, port))
+        listening = api.listening(network.hosts(config), config.swarm.port)
+        connectivity.ports = await stack.enter_async_context(listening)
         self._connectivity = connectivity
         stack.push_async_callback(connectivity.close)
         return introductions
