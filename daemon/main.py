@@ -223,6 +223,7 @@ class _Daemon:
                 upload_rate=config.transfer.upload_rate,
                 dht_bootstrap=[host_port(entry) for entry in config.torrent.dht_bootstrap],
                 dht_state=config.home / "torrents" / "dht.state",
+                nearby=network.own_networks(),
             )
             await torrents.start()
             stack.push_async_callback(torrents.close)
@@ -294,7 +295,7 @@ class _Daemon:
                 voice.http,
                 has.torrents,
                 network=config.network,
-                outside=connectivity.outside,
+                outside=connectivity.endpoints.for_bittorrent,
             )
             routes += introductions.routes()
         api = PeerApi(
@@ -303,8 +304,8 @@ class _Daemon:
             allowed=partial(network.may_come, config),
             on_direct=connectivity.came,
         )
-        hosts, port = network.hosts(config), network.port(config)
-        connectivity.ports = await stack.enter_async_context(api.listening(hosts, port))
+        listening = api.listening(network.hosts(config), config.swarm.port)
+        connectivity.ports = await stack.enter_async_context(listening)
         self._connectivity = connectivity
         stack.push_async_callback(connectivity.close)
         return introductions

@@ -25,6 +25,7 @@ from daemon.errors import Busy, SwarmError, Unserved, UsageError, VerificationEr
 from daemon.ipfs.interface import IpfsNode
 from daemon.membership import Membership
 from daemon.peerapi.ping import ping
+from daemon.peerapi.reading import read_at_most
 from daemon.peerapi.server import Route, read_body, source_of
 from daemon.peerapi.ways import Way
 from registry import ranges, strictjson
@@ -158,7 +159,7 @@ async def ask(
                 way.url + PATH, data=body, headers=headers, timeout=timeout, allow_redirects=False
             ) as response,
         ):
-            data = await response.content.read(_LIMIT + membership.overhead + 1)
+            data = await read_at_most(response, _LIMIT + membership.overhead)
             if response.status != 200:
                 raise Unserved("dial-back", f"a node answered {response.status}")
     except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:

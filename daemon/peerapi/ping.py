@@ -9,6 +9,7 @@ from aiohttp import web
 
 from daemon.errors import Unserved, VerificationError
 from daemon.membership import ASKED, Membership
+from daemon.peerapi.reading import read_at_most
 from daemon.peerapi.server import Route
 from registry import strictjson
 from registry.errors import Malformed, NotVerified
@@ -57,7 +58,7 @@ async def ping(
                 raise Unserved("peer", "what answers there is no node of this swarm")
             if response.status != 200:
                 raise Unserved("peer", f"its peer API answered {response.status}")
-            data = await response.content.read(_LIMIT + membership.overhead + 1)
+            data = await read_at_most(response, _LIMIT + membership.overhead)
     except (aiohttp.ClientError, ConnectionError) as error:
         raise Unserved("peer", "nothing answers there") from error
     except TimeoutError as error:

@@ -17,6 +17,7 @@ from daemon.errors import Busy, NotFound, SwarmError, Unserved, UsageError, Veri
 from daemon.ipfs.interface import IpfsNode
 from daemon.membership import Membership
 from daemon.peerapi.limits import Limits
+from daemon.peerapi.reading import read_at_most
 from daemon.peerapi.server import Route, source_of
 from daemon.peerapi.ways import Ways
 from registry.cid import UnixfsHasher, parse_cid
@@ -105,9 +106,7 @@ class Objects:
             if response.status != 200:
                 raise Unserved(cid, f"a node answered {response.status}")
             most = limit + self._membership.overhead
-            data = await response.content.read(most + 1)
-            while len(data) <= most and (more := await response.content.read(most + 1 - len(data))):
-                data += more
+            data = await read_at_most(response, most)
         try:
             return self._membership.open(data, _SEALED, limit=limit)
         except (Malformed, NotVerified) as error:

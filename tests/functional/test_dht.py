@@ -40,7 +40,12 @@ Address = tuple[str, int]
 @contextlib.asynccontextmanager
 async def node(*ways_in: Address, state: Path | None = None) -> AsyncIterator[TorrentSession]:
     session = TorrentSession(
-        "public", 0, dht_bootstrap=ways_in, dht_state=state, overrides=ON_LOOPBACK
+        "public",
+        0,
+        dht_bootstrap=ways_in,
+        dht_state=state,
+        nearby=["127.0.0.0/8"],
+        overrides=ON_LOOPBACK,
     )
     await session.start()
     try:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from daemon.membership import OpenSwarm
+from tests.internet.scenes import (
+    ANSWER,
+    NO_BITTORRENT,
+    NO_IPFS,
+    NOBODY,
+    OPEN,
+    enters_at,
+    multiaddr_of,
+    wait_until_named,
+)
 from tests.internet.world import Host, World, internet
 from tests.unit.gguf_files import tiny_gguf
 
-OPEN = ("--swarm-open", "true")
-NO_IPFS = ("--ipfs-enabled", "false")
-NO_BITTORRENT = ("--torrent-enabled", "false")
-NOBODY = ("--ipfs-bootstrap", "", "--torrent-dht-bootstrap", "")
 DEADLINE_S = 120.0
 
 
@@ -37,9 +39,9 @@ def codes(shared_world: World, model_file: Path, tmp_path_factory: pytest.TempPa
     d, r, p = world.public("D"), world.public("R"), world.public("P")
     h, newcomer = world.home("H", "symmetric"), world.home("N", "symmetric")
     d.up(*OPEN, *NO_IPFS, *NOBODY)
-    entry = ("--torrent-dht-bootstrap", f"{d.address}:6881", *NO_IPFS)
+    entry = (*enters_at(d), *NO_IPFS)
     world.up(r, p, settings=(*OPEN, *entry))
-    world.up(h, newcomer, settings=entry)
+    h.up(*entry)
     file = tiny_gguf(tmp_path_factory.mktemp("files") / "tiny.gguf", size=3 << 20)
     public = p.run("publish", str(file))["code"]
     hidden = h.run("publish", str(model_file))["code"]
@@ -48,6 +50,7 @@ def codes(shared_world: World, model_file: Path, tmp_path_factory: pytest.TempPa
     h.join(r)
     for code in (public, hidden):
         wait_until_named(code, d)
+    newcomer.up(*entry)
     return Codes(newcomer, public, hidden)
 
 
@@ -58,7 +61,7 @@ def test_a_public_holder_is_found_over_bittorrent(codes: Codes) -> None:
 
 
 def test_one_that_nobody_can_dial_is_found_through_its_relay(codes: Codes) -> None:
-    words = ("ask", "Say yes.", f"#{codes.hidden}", "--max-tokens", "4")
+    words = ("ask", "Say yes.", f"#{codes.hidden}", *ANSWER)
     answer = codes.newcomer.run(*words, timeout=DEADLINE_S)
     assert answer["via"]
 
@@ -75,22 +78,5 @@ def test_with_bittorrent_off_provider_records_lead_there(
         code = h.run("publish", str(model_file))["code"]
         h.run("serve", code)
         n.up(*entry)
-        answer = n.run("ask", "Say yes.", f"#{code}", "--max-tokens", "4", timeout=DEADLINE_S)
+        answer = n.run("ask", "Say yes.", f"#{code}", *ANSWER, timeout=DEADLINE_S)
         assert answer["answered_by"] == h.status["node"]
-
-
-def wait_until_named(code: str, entry: Host) -> Any:
-    """The first endpoints under a code on the BitTorrent DHT that `entry` is in. It takes a node 15 s to tell the DHT."""
-    key = OpenSwarm().rendezvous_key(f"code:{code}").hex()
-    program = str(Path(__file__).with_name("dht_find.py"))
-    found = entry.namespace.start(sys.executable, program, f"{entry.address}:6881", key)
-    said, _ = found.communicate(timeout=100)
-    assert found.returncode == 0, f"nobody is named under {code}"
-    return json.loads(said)
-
-
-def multiaddr_of(host: Host) -> str:
-    """Where its IPFS node takes TCP connections."""
-    parts = str(host.status["addresses"][0]).rpartition("//")[2].partition("/")[2].split(",")
-    found = (part.removeprefix("ipfs=") for part in parts)
-    return next(part for part in found if "/tcp/" in part)

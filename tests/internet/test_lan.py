@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.internet.scenes import NO_IPFS
 from tests.internet.world import World
-
-NO_IPFS = ("--ipfs-enabled", "false")
 
 
 def test_two_hosts_meet_by_mdns_then_ask_and_pull(world: World, original: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 from daemon.membership import OpenSwarm
 from tests.functional.nodes import Failed
-from tests.internet.test_code_alone import NO_IPFS, NOBODY, OPEN, wait_until_named
+from tests.internet.scenes import NO_IPFS, NOBODY, OPEN, enters_at, wait_until_named
 from tests.internet.world import Host, World
 from tests.unit.gguf_files import tiny_gguf
 
@@ -17,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SILENT, ENDLESS, REDIRECT = range(7000, 7060), range(7100, 7130), range(7200, 7230)
 
 
-def lie(liar: Host, inward: Host, key: bytes) -> list[str]:
+def lie(liar: Host, inward: Host, key: bytes, *honest: str) -> list[str]:
     """220 wrong addresses under `key`, from four DHT nodes next to it on `liar`. Gives the addresses of these."""
     more = [f"60.{number}.0.2" for number in (201, 202, 203)]
     liar.namespace.ip(*(f"address add {address}/8 dev eth0" for address in more))
@@ -30,16 +29,14 @@ def lie(liar: Host, inward: Host, key: bytes) -> list[str]:
         *((f"60.250.{number}.9", 8788) for number in range(60)),
     ]
     told = {
-        "addresses": addresses, "key": key.hex(), "lies": lies, "silent": [*SILENT], "endless": [*ENDLESS],
+        "addresses": addresses, "key": key.hex(), "honest": honest, "lies": lies, "silent": [*SILENT], "endless": [*ENDLESS],
         "redirect": [*REDIRECT], "location": f"http://{inward.address}:8788/swarm/1/ping",
     }  # fmt: skip
-    program = subprocess.Popen(
-        [*liar.namespace.within, sys.executable, str(Path(__file__).with_name("liar.py"))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**liar.environment, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert program.stdin is not None and program.stdout is not None
-    with program.stdin:
-        program.stdin.write(json.dumps(told))
+    module = str(Path(__file__).with_name("liar.py"))
+    program = liar.namespace.start(
+        "env", f"PYTHONPATH={ROOT}", sys.executable, module, json.dumps(told)
+    )
+    assert program.stdout is not None
     assert program.stdout.readline() == f"{len(ports)} servers\n"
     return addresses
 
@@ -51,11 +48,11 @@ def test_the_honest_holder_is_found_among_220_lies_and_nothing_inward_is_touched
     house = world.house()
     n, inward = house.host("N"), house.host("Printer")
     d.up(*OPEN, *NO_IPFS, *NOBODY)
-    p.up(*OPEN, *NO_IPFS, "--torrent-dht-bootstrap", f"{d.address}:6881")
+    p.up(*OPEN, *NO_IPFS, *enters_at(d))
     code = p.run("publish", str(tiny_gguf(tmp_path / "tiny.gguf", size=1 << 20)))["code"]
     p.join(d)
     wait_until_named(code, d)
-    addresses = lie(liar, inward, OpenSwarm().rendezvous_key(f"code:{code}"))
+    addresses = lie(liar, inward, OpenSwarm().rendezvous_key(f"code:{code}"), d.address)
     entries = " ".join(f"{address}:6881" for address in (d.address, *addresses))
     n.up(*NO_IPFS, "--torrent-dht-bootstrap", entries)
     with n.sniff() as seen, inward.sniff() as printer:

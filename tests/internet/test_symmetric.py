@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.functional.nodes import until
+from tests.internet.scenes import ANSWER, OPEN
 from tests.internet.world import Host, World
 
 PROMPT = "A secret prompt: count from one to forty in words."
-ANSWER = ("--max-tokens", "4")
 
 
 @dataclass
@@ -38,7 +38,7 @@ def offices(shared_world: World, model_file: Path) -> Offices:
     world = shared_world
     r1, r2 = world.public("R1"), world.public("R2")
     a, b, c = world.home("A", "symmetric"), world.home("B", "symmetric"), world.home("C")
-    world.up(r1, r2, settings=("--swarm-open", "true"))
+    world.up(r1, r2, settings=OPEN)
     world.up(a, b, c)
     code = a.run("publish", str(model_file))["code"]
     a.run("serve", code)

@@ -1,12 +1,12 @@
-"""With IPFS off everywhere: `--via` hides each from the other, and a LAN finds itself (issue 8, points 4 and 6)."""
+"""With IPFS off everywhere: `--via` hides asker and server from each other (issue 8, points 4 and 6)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from tests.internet.scenes import ANSWER, NO_IPFS, OPEN
 from tests.internet.world import World
 
-NO_IPFS = ("--ipfs-enabled", "false")
 # The DHT would have everybody ask everybody.
 NO_DHT = ("--torrent-dht-bootstrap", "")
 
@@ -14,7 +14,7 @@ NO_DHT = ("--torrent-dht-bootstrap", "")
 def test_a_named_relay_hides_asker_and_server_from_each_other(world: World, model_file: Path) -> None:
     """Also between homes that could punch a hole."""
     r, a, b = world.public("R"), world.home("A"), world.home("B")
-    world.up(r, settings=("--swarm-open", "true", *NO_IPFS, *NO_DHT))
+    world.up(r, settings=(*OPEN, *NO_IPFS, *NO_DHT))
     world.up(a, b, settings=(*NO_IPFS, *NO_DHT))
     code = a.run("publish", str(model_file))["code"]
     a.run("serve", code)
@@ -22,7 +22,7 @@ def test_a_named_relay_hides_asker_and_server_from_each_other(world: World, mode
     needle = b"secret question"
     with a.sniff(needle) as server, b.sniff(needle) as asker, r.sniff(needle) as carrier:
         b.join(r)
-        words = ("--via", r.status["node"], "--max-tokens", "4")
+        words = ("--via", r.status["node"], *ANSWER)
         answer = b.run("ask", "A secret question.", f"#{code}", *words)
     assert answer["answered_by"] == a.status["node"]
     assert answer["via"] == r.status["node"]
