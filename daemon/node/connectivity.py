@@ -129,17 +129,18 @@ class Connectivity:
         self.ways.relays = RelayTunnels(pipes, self.relay)
         self.ways.lookup = table.peer
         self.liveness = Liveness(table, self.ways, supervisor)
+        has_dhts = config.network == "public"
         self.rendezvous = Rendezvous(
             membership,
             self.gossip.meeting,
             network=config.network,
-            dht=torrents.dht if torrents is not None else None,
-            ipfs=self._ipfs,
+            dht=torrents.dht if has_dhts and torrents is not None else None,
+            ipfs=self._ipfs if has_dhts else lambda: None,
             offers=offers,
             carried=self._carried_codes,
             port=self._reached_port,
             external=lambda: self.reachability.external,
-            enabled=config.swarm.rendezvous,
+            enabled=has_dhts and config.swarm.rendezvous,
         )
         self._dialback = DialBack(config.network, self._ipfs, http, membership)
         self._config = config
