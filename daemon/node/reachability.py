@@ -4,8 +4,9 @@
     public    somebody outside reached us, or came to us by himself
     private   those whom we asked could not reach us: we are behind a NAT or a firewall
 
-A verdict counts for as long as our address stays the same. One node that reached us is enough: the worst that a liar can do
-is to have us announce an address at which we are then not found, and whoever tries it tries our relays, too.
+A verdict counts for as long as our address stays the same, and for that address alone. One node that reached us is enough: the
+worst that a liar can do is to have us announce an address at which we are then not found, and whoever tries it tries our relays,
+too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ State = Literal["public", "private", "unknown"]
 Nat = Literal["none", "port-preserving", "symmetric", "unknown"]
 
 ASKED = 3  # nodes asked at a time
+MOST_ASKED = 12  # in a row, until one has an opinion
 _AGAIN_S = 600.0  # after a verdict
 _RETRY_S = 5.0  # while there is none
 _SETTLE_S = 0.02  # several reasons to look again are one
@@ -67,8 +69,9 @@ class Reachability:
         """Somebody outside came straight to `part` of us from `address`. That is proof without anybody's word."""
         if not ranges.allows("public", address) or address in own_addresses():
             return
-        if part not in self.reached and (ours := global_address()) is not None:
-            self._settle("public", self.reached | {part}, ours)
+        ours = self._global_address()
+        if ours is not None and part not in self._proven_at(ours):
+            self._settle("public", self._proven_at(ours) | {part}, ours)
 
     async def run(self) -> None:
         """Ask now and then, and whenever there is a reason to. Supervised."""
@@ -85,8 +88,29 @@ class Reachability:
                 continue
             await asyncio.sleep(_SETTLE_S)
 
+    def _global_address(self) -> str | None:
+        """An address of this machine on the internet: of several the one that others see."""
+        seen = self.external[:1]
+        if seen and seen[0] in own_addresses() and ranges.allows("public", seen[0]):
+            return seen[0]
+        return global_address()
+
+    def _proven_at(self, address: str) -> frozenset[str]:
+        """Our parts that were reached while `address` was ours, as it still is."""
+        return self.reached if self.external[:1] == (address,) else frozenset()
+
     async def _ask_some(self) -> list[tuple[dialback.Verdict, int | None]]:
-        asked = self._judges()[:ASKED]
+        """The verdicts of the first few of whom one has an opinion: those who are gone must not stand before all others."""
+        judges = self._judges()[:MOST_ASKED]
+        for start in range(0, len(judges), ASKED):
+            verdicts = await self._verdicts(judges[start : start + ASKED])
+            if verdicts or self._look.is_set():  # somebody better may have been joined meanwhile
+                return verdicts
+        return []
+
+    async def _verdicts(
+        self, asked: Sequence[Peer]
+    ) -> list[tuple[dialback.Verdict, int | None]]:
         results = await asyncio.gather(*(self._ask(peer) for peer in asked), return_exceptions=True)
         verdicts: list[tuple[dialback.Verdict, int | None]] = []
         for result in results:
@@ -104,14 +128,15 @@ class Reachability:
             )
 
     def _judge(self, verdicts: Sequence[tuple[dialback.Verdict, int | None]]) -> None:
-        reached = frozenset[str]().union(*(verdict.reached for verdict, _ in verdicts))
-        address = str(verdicts[0][0].address)
-        if reached:
-            address = next(str(verdict.address) for verdict, _ in verdicts if verdict.reached)
+        reached_at: dict[str, frozenset[str]] = {}
+        for verdict, _ in verdicts:
+            address = str(verdict.address)
+            reached_at[address] = reached_at.get(address, frozenset()) | verdict.reached
+        # Where they do not agree: the address at which most was reached, then the one that we had.
+        address = max(reached_at, key=lambda one: (len(reached_at[one]), one in self.external[:1]))
         self.nat = _nat(verdicts, self.nat)
         # What came by itself from outside is better evidence than what these few could reach.
-        kept = self.reached if self.external[:1] == (address,) else frozenset[str]()
-        reached |= kept
+        reached = reached_at[address] | self._proven_at(address)
         self._settle("public" if reached else "private", reached, address)
 
     def _settle(self, state: State, reached: frozenset[str], address: str) -> None:
