@@ -57,6 +57,7 @@ _LOOK_S = 1.0  # between two looks at our own addresses
 _REMEMBER_S = 60.0  # between two looks at which peers are good
 _ALONE_S, _LONGEST_ALONE_S = 2.0, 120.0  # between two searches for anybody
 _REMEMBERED = "ipfs.good_peers"
+_LEADS_TO_US = frozenset({"http", "ipfs"})  # parts over which others can ask us something
 
 
 class Connectivity:
@@ -268,8 +269,11 @@ class Connectivity:
     def relaying(self) -> bool:
         """Whether this node carries for others."""
         choice = self._config.swarm.relay
-        public = self.reachability.state == "public"
-        return choice == "on" or (choice == "auto" and public)
+        return choice == "on" or (choice == "auto" and self._is_asked_directly())
+
+    def _is_asked_directly(self) -> bool:
+        """Whether somebody outside reached our peer API, or the IPFS node that leads to it. A BitTorrent port does not."""
+        return not self.reachability.reached.isdisjoint(_LEADS_TO_US)
 
     def _ipfs(self) -> IpfsNode | None:
         return self._keeper.node
@@ -292,7 +296,7 @@ class Connectivity:
         if identity is None:
             return ()
         found = usable_multiaddrs(identity.addresses, self._config.network)
-        if self.reachability.state != "private":
+        if self.reachability.state == "unknown" or self._ipfs_is_public():
             return found
         # What a NAT shows of us outside leads nowhere: a hole must be punched first.
         return tuple(address for address in found if parse_multiaddr(address).relay)
@@ -369,17 +373,19 @@ class Connectivity:
         return list({peer.node: peer for peer in [*joined, *others]}.values())
 
     def _dialable(self, peer: Peer) -> bool:
-        """Whether a node announces an endpoint that needs no relay."""
+        """Whether a node announces an endpoint that we may use and that needs no relay."""
         kind = self._config.network
         urls = any(ranges.allows_url(kind, url) for url in peer.address.http)
-        return urls or bool(direct_addresses(peer.address.ipfs, 1))
+        allowed = (one for one in peer.address.ipfs if ranges.allows_multiaddr(kind, one))
+        return urls or bool(direct_addresses(tuple(allowed), 1))
 
     # -- how our IPFS node stands -------------------------------------------------------------------------------------
 
     def _wants_relays(self) -> bool:
         """Whether nobody can dial us, as far as is known."""
-        state = self.reachability.state
-        return state == "private" or (state == "unknown" and network.global_address() is None)
+        if self.reachability.state == "unknown":
+            return network.global_address() is None
+        return not self._is_asked_directly()
 
     def _carriers(self) -> list[Peer]:
         """Nodes that may carry for us, best first: those that we joined, then those that offer it."""
@@ -419,20 +425,21 @@ class Connectivity:
         self._keeper.want(self._reach())
         self.gossip.changed()
 
-    def _reach(self) -> Reach:
-        """What our IPFS node shall be told of the network.
+    def _ipfs_is_public(self) -> bool:
+        """Whether strangers can dial our IPFS node.
 
-        Before anybody has said how we are seen, a machine with an address of its own on the internet is taken as one that can be
+        Before anybody has reached it, that of a machine with an address of its own on the internet is taken as one that can be
         reached: if that is wrong, nobody comes who could be disappointed. Any other is taken as one behind a NAT.
         """
+        if self.reachability.state == "private":
+            return False
+        return "ipfs" in self.reachability.reached or network.global_address() is not None
+
+    def _reach(self) -> Reach:
+        """What our IPFS node shall be told of the network."""
         if self._config.network != "public":
             return Reach()
-        state = self.reachability.state
-        guess = "public" if network.global_address() is not None else "private"
-        standing = guess if state == "unknown" else state
-        if state == "public" and "ipfs" not in self.reachability.reached:
-            standing = guess
-        public = standing == "public"
+        public = self._ipfs_is_public()
         return Reach(
             reachability="public" if public else "private",
             relays=() if public else self._relays(),
