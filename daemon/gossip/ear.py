@@ -32,7 +32,9 @@ class Ear:
         pass_on: Callable[[bytes], None],
         behind: Callable[[], None],
     ) -> None:
-        self.heard: set[str] = set()  # nodes that said something since the start, or since IPFS came back
+        # Nodes of the table that said something since the start, or since IPFS came back.
+        self.heard: set[str] = set()
+        table.on_forget = self.heard.discard
         self._table = table
         self._greet = greet
         self._pass_on = pass_on
