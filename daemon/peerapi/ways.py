@@ -33,8 +33,8 @@ from daemon.config import Network
 from daemon.errors import Declined, SwarmError, Unreachable, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.membership import ASKED, Membership
+from daemon.peerapi.kinds import BYTES, MESSAGES, Kind
 from daemon.peerapi.ping import ping
-from daemon.relaying.wire import BYTES, MESSAGES, Kind
 from registry import ranges
 from registry.endpoints import peer_of, relay_address
 from registry.records import Address, Peer

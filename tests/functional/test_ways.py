@@ -11,10 +11,10 @@ import pytest
 from daemon.errors import Unserved
 from daemon.membership import OpenSwarm
 from daemon.peerapi import ways as the_module
+from daemon.peerapi.kinds import MESSAGES, Kind
 from daemon.peerapi.ping import Ping
 from daemon.peerapi.server import PeerApi
 from daemon.peerapi.ways import NEVER, Way, Ways
-from daemon.relaying.wire import MESSAGES, Kind
 from registry.records import Address, Peer
 
 HOME = "ed25519:" + "cd" * 32
