@@ -214,6 +214,7 @@ async def swarm_node(
 
         ways = Ways(network="loopback", ipfs=ipfs_now, http=http, membership=membership)
         pipe_http = await stack.enter_async_context(pipes.session(membership))
+        stack.push_async_callback(ways.close)
         relay = RelayService(
             name,
             enabled=lambda: relays,
