@@ -121,6 +121,7 @@ class Connectivity:
             http=pipes,
             supervisor=supervisor,
             candidates=self._carriers,
+            joined=lambda: {peer.node for peer in self.gossip.joiner.peers()},
             codes=self._shared_codes,
             wanted=self._wants_relays,
             streams_port=lambda: self.ports.streams,
