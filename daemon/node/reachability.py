@@ -1,17 +1,18 @@
 """Whether others can reach this node from outside: found by being dialled back, never assumed.
 
     unknown   nobody has said yet
-    public    somebody outside reached us, or came to us by himself
-    private   those whom we asked could not reach us: we are behind a NAT or a firewall
+    public    most of those whom we asked reached us, or somebody outside came to us by himself
+    private   they could not reach us: we are behind a NAT or a firewall
 
-A verdict counts for as long as our address stays the same. One node that reached us is enough: the worst that a liar can do
-is to have us announce an address at which we are then not found, and whoever tries it tries our relays, too.
+Each round of questions stands for itself: what most say counts, and of a tie, what was before. The nodes that a person joined are
+asked first. What we saw ourselves, somebody who came straight in, counts more than any word, until our address changes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -49,7 +50,8 @@ class Reachability:
         on_change: Callable[[], None],
     ) -> None:
         self.state: State = "unknown"
-        self.reached: frozenset[str] = frozenset()  # our parts that somebody outside reached
+        self._told: frozenset[str] = frozenset()  # our parts that most of those who were asked reached
+        self._witnessed: frozenset[str] = frozenset()  # and those to which somebody came
         self.external: tuple[str, ...] = ()  # our addresses as others see them, the newest first
         self.nat: Nat = "unknown"
         self._own = own
@@ -60,16 +62,23 @@ class Reachability:
         self._on_change = on_change
         self._look = asyncio.Event()
 
+    @property
+    def reached(self) -> frozenset[str]:
+        """Our parts that somebody outside reached."""
+        return self._told | self._witnessed
+
     def look_again(self) -> None:
         """Something is different: ask soon."""
         self._look.set()
 
     def came(self, address: str, part: str) -> None:
         """Somebody outside came straight to `part` of us from `address`. That is proof without anybody's word."""
-        if not ranges.allows("public", address) or address in own_addresses():
+        # Our own address is an IPv4 one: who came over IPv6 says nothing about it.
+        stranger = ranges.allows("public", address) and ":" not in address
+        if not stranger or address in own_addresses() or part in self._witnessed:
             return
-        if part not in self.reached and (ours := global_address()) is not None:
-            self._settle("public", self.reached | {part}, ours)
+        if (ours := global_address()) is not None:
+            self._settle(ours, self._told, self._witnessed | {part})
 
     async def run(self) -> None:
         """Ask now and then, and whenever there is a reason to. Supervised."""
@@ -99,8 +108,12 @@ class Reachability:
                 verdicts.append(result)
             elif not isinstance(result, SwarmError):
                 raise result
-        # Whoever cannot see where we come from has no opinion.
-        return [(verdict, port) for verdict, port in verdicts if verdict.address is not None]
+        # Whoever cannot see where we come from, or says that it is no place on the internet, has no opinion.
+        return [
+            (verdict, port)
+            for verdict, port in verdicts
+            if verdict.address is not None and ranges.allows("public", verdict.address)
+        ]
 
     async def _ask(self, peer: Peer) -> tuple[dialback.Verdict, int | None]:
         if peer.address.http and peer.peer_id is not None:
@@ -118,23 +131,29 @@ class Reachability:
             )
 
     def _judge(self, verdicts: Sequence[tuple[dialback.Verdict, int | None]]) -> None:
-        reached = frozenset[str]().union(*(verdict.reached for verdict, _ in verdicts))
-        address = str(verdicts[0][0].address)
-        if reached:
-            address = next(str(verdict.address) for verdict, _ in verdicts if verdict.reached)
+        said = [verdict for verdict, _ in verdicts]
+        # Of addresses that equally many saw, that of the first, who was joined by a person if any was.
+        address = str(Counter(verdict.address for verdict in said).most_common(1)[0][0])
         self.nat = _nat(verdicts, self.nat)
-        # What came by itself from outside is better evidence than what these few could reach.
-        kept = self.reached if self.external[:1] == (address,) else frozenset[str]()
-        reached |= kept
-        self._settle("public" if reached else "private", reached, address)
+        told = frozenset(part for part in dialback.PARTS if self._most_reached(part, said))
+        kept = self._witnessed if self.external[:1] == (address,) else frozenset[str]()
+        self._settle(address, told, kept)
 
-    def _settle(self, state: State, reached: frozenset[str], address: str) -> None:
+    def _most_reached(self, part: str, said: Sequence[dialback.Verdict]) -> bool:
+        reached = sum(part in verdict.reached for verdict in said)
+        if 2 * reached == len(said):
+            return part in self._told
+        return 2 * reached > len(said)
+
+    def _settle(self, address: str, told: frozenset[str], witnessed: frozenset[str]) -> None:
         before = (self.state, self.reached, self.external)
         others = [one for one in self.external if one != address]
         self.external = (address, *others)[:4]
-        self.state, self.reached = state, reached
+        self._told, self._witnessed = told, witnessed
+        self.state = "public" if self.reached else "private"
         if (self.state, self.reached, self.external) != before:
-            _log.info("reachability: %s (%s)", state, ", ".join(sorted(reached)) or "nothing")
+            parts = ", ".join(sorted(self.reached)) or "nothing"
+            _log.info("reachability: %s (%s)", self.state, parts)
             self._on_change()
 
 

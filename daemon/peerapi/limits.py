@@ -32,6 +32,9 @@ class Limits:
     announce_burst: float = 100.0
     envelopes_rate: float = 50.0
     envelopes_burst: float = 1000.0
+    objects: int = 32  # being sent at the same time, over all sources
+    objects_per_source: int = 8
+    idle_s: float = 30.0  # for somebody to take a piece of what is sent
     object_rate: float = 20.0
     object_burst: float = 200.0
 
