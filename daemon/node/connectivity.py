@@ -116,6 +116,7 @@ class Connectivity:
             http=pipes,
             supervisor=supervisor,
             candidates=self._carriers,
+            joined=lambda: {peer.node for peer in self.gossip.joiner.peers()},
             codes=self._shared_codes,
             wanted=self._wants_relays,
             streams_port=lambda: self.ports.streams,
@@ -196,6 +197,7 @@ class Connectivity:
         await self.gossip.close()
         await self.holder.close()
         await self.relay.close()
+        await self.ways.close()
 
     async def join(self, address: Address) -> Peer:
         """Know the node at `address` from now on. Raises as `Gossip.join`."""
