@@ -33,6 +33,7 @@ from registry import announcement as rules
 from registry import codes
 from registry.cid import leaf_cid
 from registry.envelope import key_name, sign
+from registry.errors import Misdated
 from registry.records import Address, Announcement, Offer, Peer
 from tests.functional.api_server import ALONE
 
@@ -74,11 +75,18 @@ class Node:
 
     def hears(self, *, ipfs: Sequence[str] = (), http: Sequence[str] = (), relay: bool = False, peer_id: str | None = None) -> str:
         """Another node announces itself."""
-        key = Ed25519PrivateKey.generate()
-        address = Address(key_name(key), ipfs=tuple(ipfs), http=tuple(http))
-        said = Announcement(address.node, peer_id, 1, NOW + 600, address, (), relay=relay)
-        self.table.accept(sign(rules.PAYLOAD_TYPE, rules.build(said), key))
+        address, word = _word(NOW + 600, tuple(ipfs), tuple(http), relay=relay, peer_id=peer_id)
+        self.table.accept(word)
         return address.node
+
+
+def _word(
+    expires: int, ipfs: tuple[str, ...] = (), http: tuple[str, ...] = (), *, relay: bool = False, peer_id: str | None = None
+) -> tuple[Address, bytes]:
+    key = Ed25519PrivateKey.generate()
+    address = Address(key_name(key), ipfs=ipfs, http=http)
+    said = Announcement(address.node, peer_id, 1, expires, address, (), relay=relay)
+    return address, sign(rules.PAYLOAD_TYPE, rules.build(said), key)
 
 
 @pytest.fixture
@@ -441,3 +449,13 @@ async def test_what_status_says_of_a_member(node: Making) -> None:
     async with node(swarm_name="the lab", swarm_secret="correct horse battery staple") as a:
         found = a.connectivity.standing()["swarm"]
         assert found == {"name": "the lab", "closed": True}
+
+
+async def test_status_says_that_the_clock_is_off(node: Making) -> None:
+    """F18: after several nodes whose words are a day old."""
+    async with node() as a:
+        for number in range(3):
+            assert a.connectivity.standing()["clock"] == {"off": False, "why": None}, number
+            with pytest.raises(Misdated, match="clock"):
+                await a.connectivity.receive(_word(NOW - 86_400)[1])
+        assert a.connectivity.standing()["clock"] == {"off": True, "why": "most announcements of others have a wrong time"}
