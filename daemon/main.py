@@ -66,6 +66,7 @@ from daemon.transfer.seeding import Seeding
 from daemon.transfer.sources import RateLimit
 from daemon.transfer.store import Store
 from daemon.transfer.transfers import Transfer, Transfers, utc_now
+from daemon.transfer.vouching import Vouching
 from daemon.trust import TrustBook
 from registry import envelope
 from registry.address import parse_address
@@ -294,7 +295,7 @@ class _Daemon:
                 voice.http,
                 has.torrents,
                 network=config.network,
-                outside=connectivity.outside,
+                outside=connectivity.endpoints.for_bittorrent,
             )
             routes += introductions.routes()
         api = PeerApi(
@@ -303,8 +304,8 @@ class _Daemon:
             allowed=partial(network.may_come, config),
             on_direct=connectivity.came,
         )
-        hosts, port = network.hosts(config), network.port(config)
-        connectivity.ports = await stack.enter_async_context(api.listening(hosts, port))
+        listening = api.listening(network.hosts(config), config.swarm.port)
+        connectivity.ports = await stack.enter_async_context(listening)
         self._connectivity = connectivity
         stack.push_async_callback(connectivity.close)
         return introductions
@@ -330,6 +331,8 @@ class _Daemon:
             voice.connectivity.rendezvous.search,
             has.torrents,
         )
+        vouching = Vouching(has.library, resolver, has.trust.decide, time.monotonic)
+        voice.supervisor.run("vouching", vouching.run, restart=True)
         patience = Patience(config.transfer.stall, config.transfer.give_up)
         sources = Sources(
             self._ipfs,

@@ -19,6 +19,7 @@ from daemon.config import Config
 from registry import ranges
 
 _LOOPBACK = "127.0.0.1"
+_ANY = ("", "0.0.0.0", "::")  # noqa: S104 - what people say for "all addresses"
 
 
 def hosts(config: Config) -> list[str]:
@@ -28,11 +29,6 @@ def hosts(config: Config) -> list[str]:
     if config.network == "loopback" or (config.network == "public" and not config.swarm.open):
         return [_LOOPBACK]
     return ["0.0.0.0", "::"] if _has_ipv6() else ["0.0.0.0"]  # noqa: S104 - that is what it is for
-
-
-def port(config: Config) -> int:
-    """The TCP port of the peer API; one that nobody outside can reach need not be a certain one."""
-    return 0 if hosts(config) == [_LOOPBACK] else config.swarm.port
 
 
 def may_come(config: Config, address: str) -> bool:
@@ -45,9 +41,10 @@ def private_url(config: Config, port: int) -> tuple[str, ...]:
     if config.network == "loopback":
         return (f"http://{_LOOPBACK}:{port}",)
     address = private_address()
-    if address is None or config.swarm.host in (_LOOPBACK, "::1", "localhost"):
+    host = config.swarm.host
+    if address is None or host in (_LOOPBACK, "::1", "localhost"):
         return ()
-    return (url(config.swarm.host or address, port),)
+    return (url(address if host in _ANY else host, port),)
 
 
 def url(host: str, port: int) -> str:

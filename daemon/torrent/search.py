@@ -62,11 +62,12 @@ class Search:
                 return None
         return self._waiting.popleft()
 
-    def _take(self, peer: Peer) -> None:
+    def _take(self, peer: Peer) -> bool:
         ports = self._per_address.get(peer[0], 0)
         if peer in self._found or ports >= _MAX_PER_ADDRESS:
-            return
+            return False
         self._per_address[peer[0]] = ports + 1
         self._found.add(peer)
         self._waiting.append(peer)
         self._news.set()
+        return True

@@ -10,7 +10,8 @@ import aiohttp
 
 from daemon.errors import Declined, SwarmError, Unserved, VerificationError
 from daemon.membership import Membership
-from daemon.peerapi.ways import Way, Ways, first
+from daemon.peerapi.racing import first
+from daemon.peerapi.ways import Way, Ways
 from daemon.transfer.ranges import PATH, RANGE_LIMIT, SEALED
 from registry.errors import Malformed, NotVerified
 from registry.records import Peer
@@ -98,7 +99,7 @@ class Holders:
         if not tried:
             raise Unserved("bytes", "nobody is known to have it")
         try:
-            stack, way = await first(attempt(holder) for holder in tried)
+            stack, way = await first((attempt(holder) for holder in tried), self._ways.losers)
         except SwarmError as error:
             everywhere = all(isinstance(one, Declined) for one in failures)
             raise (Declined if everywhere else Unserved)("bytes", error.why) from error

@@ -21,6 +21,7 @@ from daemon.buckets import Buckets
 from daemon.errors import NotFound, UsageError
 from daemon.membership import Membership
 from daemon.peerapi.limits import Places
+from daemon.peerapi.sending import send
 from daemon.peerapi.server import Route, source_of
 from daemon.transfer.sources import RateLimit
 from daemon.transfer.store import disk_errors
@@ -31,7 +32,6 @@ RANGE_LIMIT = 2 << 20  # bytes of one request; they are in memory while they are
 PATH = "/swarm/1/bytes/"
 SEALED = "bytes"  # what is sealed
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
-_CHUNK = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +84,16 @@ class RangeServer:
     async def _send(
         self, request: web.Request, source: str, start: int, data: bytes, size: int
     ) -> web.StreamResponse:
-        body = memoryview(self._membership.seal(data, SEALED))
         response = web.StreamResponse(status=206)
         response.content_type = "application/octet-stream"
-        response.content_length = len(body)
         response.headers["Content-Range"] = f"bytes {start}-{start + len(data) - 1}/{size}"
-        await response.prepare(request)
-        try:
-            for at in range(0, len(body), _CHUNK):
-                chunk = body[at : at + _CHUNK]
-                await self._limit.take(len(chunk))
-                await asyncio.sleep(self._bytes.owe(source, len(chunk)))
-                async with asyncio.timeout(self._idle_s):
-                    await response.write(chunk)
-            async with asyncio.timeout(self._idle_s):
-                await response.write_eof()
-        except TimeoutError:
-            # The header is out: nothing can be said any more.
-            if request.transport is not None:
-                request.transport.abort()
-        return response
+
+        async def pace(amount: int) -> None:
+            await self._limit.take(amount)
+            await asyncio.sleep(self._bytes.owe(source, amount))
+
+        body = self._membership.seal(data, SEALED)
+        return await send(request, response, body, idle_s=self._idle_s, pace=pace)
 
 
 def _wanted(request: web.Request) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from daemon.transfer.objects import MANIFEST_LIMIT, TORRENT_LIMIT, Objects, obje
 from daemon.trust import TrustBook
 from registry import codes, envelope, manifest, refs, routing, upstream
 from registry.errors import Malformed, NotVerified
-from registry.records import Identity, Offer, Peer, Trust
+from registry.records import Identity, Model, Offer, Peer, Trust
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +218,16 @@ class Resolver:
             "try again when its publisher is online",
         )
 
+    def manifests_of(self, model: Model) -> frozenset[str]:
+        """The CIDs of the manifests that others announce for these bytes."""
+        return frozenset(offer.manifest for offer in self._offers_of(_plan_of(model)) if offer.manifest)
+
+    async def vouched(self, model: Model) -> Plan:
+        """What the best of these manifests says. Raises as `believe`, and `VerificationError` when nobody gives one."""
+        plan = _plan_of(model)
+        plan = replace(plan, holders=self.holders_of(plan))
+        return await self._with_manifest([replace(plan, manifest=cid) for cid in self.manifests_of(model)])
+
     async def _signed(self, plan: Plan) -> Plan:
         cid = str(plan.manifest)
         return self.believe(plan, cid, await self._objects.get(cid, plan.holders, limit=MANIFEST_LIMIT))
@@ -391,6 +401,18 @@ def check_torrent(plan: Plan, torrent: bytes) -> bytes:
     if any(expected is not None and found != expected for found, expected in promised):
         raise VerificationError(plan.name or plan.ref, "its torrent is of other bytes than promised", "try another source")
     return torrent
+
+
+def _plan_of(model: Model) -> Plan:
+    identity = model.identity
+    return Plan(
+        ref=identity.cid,
+        name=model.name,
+        size=identity.size,
+        cid=identity.cid,
+        infohash=identity.infohash,
+        infohash_v2=identity.infohash_v2,
+    )
 
 
 def _claim(offer: Offer) -> tuple[str | None, ...]:

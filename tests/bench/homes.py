@@ -120,7 +120,8 @@ def first(runs: int) -> None:
         a.join(r)
         for number in range(runs):
             for found, what in ((answers, "answer"), (bytes_, "byte")):
-                b = world.home(f"B{number}-{what}").up()
+                # Slow enough that it never holds the model: then whoever comes next would ask it, too.
+                b = world.home(f"B{number}-{what}").up("--transfer-download-rate", "2MiB")
                 began = time.monotonic()
                 b.join(r)
                 if what == "answer":

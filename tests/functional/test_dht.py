@@ -316,6 +316,15 @@ async def test_a_thousand_wrong_answers_hide_no_honest_one() -> None:
     assert len(peers) == len(set(peers)) == 25 + 4
 
 
+async def test_one_host_with_many_ports_hides_nobody_in_the_same_answer() -> None:
+    search = dht.Search(0)
+    search.add([*(("10.0.0.9", port) for port in range(1, 1000)), ("127.0.0.1", 4444)])
+    search.end()
+    peers = [await search.next(0) for _ in range(5)]
+    assert ("127.0.0.1", 4444) in peers
+    assert await search.next(0) is None
+
+
 async def test_a_search_takes_no_more_than_its_ceiling() -> None:
     search = dht.Search(0)
     for block in range(1000):

@@ -124,6 +124,18 @@ def test_a_bare_cid_is_accepted_as_unsigned_and_says_so(node: Callable[[str], No
     assert b.run("ls")[0]["signed_by"] is None
 
 
+def test_an_unsigned_model_is_verified_when_its_manifest_is_heard_of(node: Callable[[str], Node], original: Path) -> None:
+    a, b = node("a").up("--ipfs-enabled", "false"), node("b").up("--ipfs-enabled", "false")
+    model = a.run("publish", str(original))
+    assert b.run("pull", str(original))["signed_by"] is None
+    b.join(a)
+    until(lambda: b.run("ls")[0]["signed_by"] == a.status["node"], "the signature of what is here")
+    assert b.run("ls")[0]["magnet"] == model["magnet"]
+    b.stop()
+    b.up("--ipfs-enabled", "false")
+    assert b.run("ls")[0]["signed_by"] == a.status["node"]
+
+
 def test_kubo_killed_in_the_middle_and_bittorrent_finishes(node: Callable[[str], Node], original: Path) -> None:
     a, b = node("a").up(), node("b").up("--transfer-download-rate", SLOW)
     b.join(a)
