@@ -23,6 +23,7 @@ Network = Literal["public", "lan", "loopback"]
 Transport = Literal["quic-v1", "tcp"]
 
 _GLOBAL_UNICAST = IPv6Network("2000::/3")
+_6TO4 = IPv6Network("2002::/16")  # carries any IPv4 address within, a private one too (RFC 3056)
 _PRIVATE = tuple(
     ip_network(text)
     for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "fc00::/7")
@@ -87,7 +88,7 @@ def is_public(ip: IPv4Address | IPv6Address) -> bool:
     """Whether any machine of the internet can have it: no special range, no tunnel of another kind."""
     if ip.is_multicast or not ip.is_global:
         return False
-    return isinstance(ip, IPv4Address) or ip in _GLOBAL_UNICAST
+    return isinstance(ip, IPv4Address) or (ip in _GLOBAL_UNICAST and ip not in _6TO4)
 
 
 def is_inside(ip: IPv4Address | IPv6Address, network: Network) -> bool:

@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence, Set
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 from daemon.config import Network
 from daemon.errors import SwarmError, Unserved
 from daemon.gossip.meeting import Meeting
+from daemon.gossip.searching import MAX_TRIED, Crowd, SharedSearch
 from daemon.ipfs.interface import IpfsNode
 from daemon.membership import Membership
 from daemon.network import url as url_of
@@ -40,8 +40,6 @@ _BY_CODE = "code:"
 MAX_KEYS = 256  # of ours and of those whom we carry for, on each DHT
 AGAIN_S = 15 * 60.0  # BitTorrent's DHT forgets after about half an hour
 SEARCH_S = 60.0
-MAX_TRIED = 256  # addresses of one search
-AT_ONCE = 16
 _BITTORRENT_S = 25.0  # its DHT is entered within 15 s, and asked within 2
 _MEET_S = 4.0
 _PACE_S = 0.05  # between two announcements
@@ -61,7 +59,8 @@ class BitTorrentDht(Protocol):
 
 class Rendezvous:
     """`offers` gives ours, `carried` the codes of the nodes that we carry for, `port` the port at which others reach our peer
-    API (None: they do not), `external` our own addresses. Where `enabled` is False nothing is announced; looking goes on.
+    API (None: they do not), `external` our own addresses. A network without DHTs has neither `dht` nor `ipfs`. Where `enabled` is
+    False nothing is announced; looking goes on.
     """
 
     def __init__(
@@ -81,17 +80,19 @@ class Rendezvous:
         self._membership = membership
         self._meeting = meeting
         self._network: Network = network
-        self._dht = dht if network == "public" else None
+        self._dht = dht
         self._ipfs = ipfs
         self._offers = offers
         self._carried = carried
         self._port = port
         self._external = external
-        self._enabled = enabled and network == "public"
+        self._enabled = enabled
         self._announced: dict[str, float] = {}  # on the BitTorrent DHT: monotonic seconds
+        self._announced_at: tuple[object, ...] = ()  # where we were then
         self._provided: dict[str, str] = {}  # on IPFS: CID by what
         self._failed: dict[str, float] = {}
-        self._searches: dict[str, asyncio.Task[None]] = {}
+        self._searches: dict[str, SharedSearch] = {}  # that somebody may still join
+        self._tasks: set[asyncio.Task[None]] = set()
 
     # -- being found --------------------------------------------------------------------------------------------------
 
@@ -105,8 +106,10 @@ class Rendezvous:
 
     @property
     def pinned(self) -> frozenset[str]:
-        """CIDs of the blocks that IPFS keeps for us."""
-        return frozenset(self._provided.values())
+        """CIDs of the blocks that IPFS keeps for us, and of those that it is about to."""
+        wanted = self.keys() if self._enabled else []
+        due = (leaf_cid(self._membership.rendezvous_block(what)) for what in wanted)
+        return frozenset([*self._provided.values(), *due])
 
     async def announce_forever(self) -> None:
         """Supervised. Without rendezvous it ends at once."""
@@ -135,17 +138,28 @@ class Rendezvous:
         port = self._port()
         if self._dht is None or port is None:
             return
+        self._forget_announced(port)
         for what in self.keys():
-            if time.monotonic() < self._announced.get(what, -AGAIN_S) + AGAIN_S:
+            if what in self._announced:
                 continue
             await self._dht.announce(self._membership.rendezvous_key(what), port)
             self._announced[what] = time.monotonic()
             await asyncio.sleep(_PACE_S)
 
+    def _forget_announced(self, port: int) -> None:
+        """What the DHT forgets is announced again; and everything, where we are found at another address or port."""
+        now_at = (port, *self._external()[:1])
+        if now_at != self._announced_at:
+            self._announced_at = now_at
+            self._announced.clear()
+        oldest = time.monotonic() - AGAIN_S
+        self._announced = {what: then for what, then in self._announced.items() if then > oldest}
+
     async def _provide_due(self, node: IpfsNode) -> None:
         keys = self.keys()
         for gone in [what for what in self._provided if what not in keys]:
             await node.unprovide(self._provided.pop(gone))
+        self._failed = {what: then for what, then in self._failed.items() if what in keys}
         for what in keys:
             due = time.monotonic() > self._failed.get(what, -_RETRY_S) + _RETRY_S
             if what in self._provided or not due:
@@ -164,33 +178,42 @@ class Rendezvous:
     async def search(self, ref: str | None, found: Callable[[], bool]) -> None:
         """Meet whoever is named under what `ref` means (None, or a name: under the swarm), until `found()` or nobody is left.
 
-        Takes at most `SEARCH_S`. Searches for the same are one. Where there is no DHT it returns at once.
-        Raises `Malformed` for what is no reference.
+        Takes at most `SEARCH_S`. Searches for the same are one, which goes on until each has found what it is after. Where there
+        is no DHT it returns at once. Raises `Malformed` for what is no reference.
         """
         what = _what(ref)
-        running = self._searches.get(what)
-        if running is None:
-            running = asyncio.create_task(self._search(what, found), name=f"search {what}")
-            self._searches[what] = running
-            running.add_done_callback(lambda _: self._searches.pop(what, None))
-        try:
-            await asyncio.shield(running)
-        except asyncio.CancelledError:
-            running.cancel()
-            raise
+        shared = self._searches.get(what)
+        if shared is None:
+            shared = self._searches[what] = SharedSearch()
+            self._run(shared, what)
+        await shared.wait(found)
 
     async def close(self) -> None:
-        for running in list(self._searches.values()):
+        for running in self._tasks:
             running.cancel()
-        await asyncio.gather(*self._searches.values(), return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _run(self, shared: SharedSearch, what: str) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            shared.ended(task)
+
+        def nobody_waits() -> None:
+            if self._searches.get(what) is shared:
+                del self._searches[what]
+
+        shared.task = asyncio.create_task(self._search(what, shared.is_over), name=f"search {what}")
+        shared.on_over = nobody_waits
+        self._tasks.add(shared.task)
+        shared.task.add_done_callback(ended)
 
     async def _search(self, what: str, found: Callable[[], bool]) -> None:
-        crowd = _Crowd(partial(self._meet, _codes(what)), found)
+        crowd = Crowd(partial(self._meet, _codes(what)), found)
         hints: list[Coroutine[Any, Any, None]] = []
         if self._dht is not None and self._dht.enabled:
             hints.append(self._ask_bittorrent(self._dht, what, crowd))
         node = self._ipfs()
-        if node is not None and self._network == "public":
+        if node is not None:
             hints.append(self._ask_ipfs(node, what, crowd))
         try:
             async with asyncio.timeout(SEARCH_S):
@@ -198,7 +221,7 @@ class Rendezvous:
         except TimeoutError:
             _log.info("the search for %s took too long", what)
 
-    async def _ask_bittorrent(self, dht: BitTorrentDht, what: str, crowd: _Crowd) -> None:
+    async def _ask_bittorrent(self, dht: BitTorrentDht, what: str, crowd: Crowd) -> None:
         key = self._membership.rendezvous_key(what)
         with suppress(SwarmError):  # the session closes
             async for host, port in dht.find(key, deadline_s=_BITTORRENT_S):
@@ -206,7 +229,7 @@ class Rendezvous:
                 if not own and ranges.allows(self._network, host):
                     crowd.add(Address("", http=(url_of(host, port),)))
 
-    async def _ask_ipfs(self, node: IpfsNode, what: str, crowd: _Crowd) -> None:
+    async def _ask_ipfs(self, node: IpfsNode, what: str, crowd: Crowd) -> None:
         cid = leaf_cid(self._membership.rendezvous_block(what))
         with suppress(SwarmError):  # IPFS goes away
             async for one in node.providers(cid, limit=MAX_TRIED, deadline_s=SEARCH_S):
@@ -235,58 +258,3 @@ def _what(ref: str | None) -> str:
 def _codes(what: str) -> tuple[str, ...]:
     """The short code in the name of a key; none in that of the swarm."""
     return (what.removeprefix(_BY_CODE),) if what.startswith(_BY_CODE) else ()
-
-
-class _Crowd:
-    """Those who are named, met a few at a time, each once, until `found()`."""
-
-    def __init__(
-        self, meet: Callable[[Address], Coroutine[Any, Any, None]], found: Callable[[], bool]
-    ) -> None:
-        self._meet = meet
-        self._found = found
-        self._known: set[Address] = set()
-        self._waiting: deque[Address] = deque()
-        self._wake = asyncio.Event()
-
-    def add(self, address: Address) -> None:
-        if address not in self._known and len(self._known) < MAX_TRIED:
-            self._known.add(address)
-            self._waiting.append(address)
-            self._wake.set()
-
-    async def gather(self, hints: Iterable[Coroutine[Any, Any, None]]) -> None:
-        """Run `hints`, which `add`, and meet everybody; returns when something was found or all is done."""
-        sources = {asyncio.create_task(hint) for hint in hints}
-        meetings: set[asyncio.Task[None]] = set()
-        wake = asyncio.create_task(self._wake.wait())
-        try:
-            while (sources or meetings or self._waiting) and not self._found():
-                while self._waiting and len(meetings) < AT_ONCE:
-                    meetings.add(asyncio.create_task(self._try(self._waiting.popleft())))
-                if wake.done():
-                    self._wake.clear()
-                    wake = asyncio.create_task(self._wake.wait())
-                done, _ = await asyncio.wait(
-                    {wake, *sources, *meetings}, return_when=asyncio.FIRST_COMPLETED
-                )
-                sources, meetings = _without(sources, done), _without(meetings, done)
-        finally:
-            tasks = [wake, *sources, *meetings]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _try(self, address: Address) -> None:
-        try:
-            await self._meet(address)
-        except SwarmError as error:
-            _log.debug("who was named could not be met: %s", error)
-
-
-def _without(
-    tasks: Set[asyncio.Task[None]], done: Set[asyncio.Task[Any]]
-) -> set[asyncio.Task[None]]:
-    for task in tasks & done:
-        task.result()
-    return set(tasks - done)

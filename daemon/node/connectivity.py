@@ -141,17 +141,18 @@ class Connectivity:
             self.reachability,
             joined=self.gossip.joiner.peers,
         )
+        has_dhts = config.network == "public"
         self.rendezvous = Rendezvous(
             membership,
             self.gossip.meeting,
             network=config.network,
-            dht=torrents.dht if torrents is not None else None,
-            ipfs=self._ipfs,
+            dht=torrents.dht if has_dhts and torrents is not None else None,
+            ipfs=self._ipfs if has_dhts else lambda: None,
             offers=offers,
             carried=self._carried_codes,
             port=self.endpoints.reached_port,
             external=lambda: self.reachability.external,
-            enabled=config.swarm.rendezvous,
+            enabled=has_dhts and config.swarm.rendezvous,
         )
         self._dialback = DialBack(config.network, self._ipfs, http, membership)
         self._config = config
