@@ -55,13 +55,19 @@ class Meeting:
         codes: Sequence[str] = (),
         deadline_s: float = CONNECT_S,
     ) -> Peer:
-        """The node at an address that a person gave, or that was met before; one that was `joined` finds a place for ever.
+        """The node at an address that a person gave, or that the caller knows to be allowed: any host is asked.
 
-        It is asked first of all for who offers a model with one of the short `codes`, at most `exchange.MAX_CODES`.
+        One that was `joined` finds a place for ever. It is asked first of all for who offers a model with one of the short
+        `codes`, at most `exchange.MAX_CODES`.
         Raises `Unserved` with each way that failed, `VerificationError` when another node answers.
         """
         async with self._ways.to_address(address, deadline_s=deadline_s) as way:
             return await self.over(way, address.node, joined=joined, codes=codes)
+
+    async def meet_again(self, peer: Peer) -> Peer:
+        """A node that is remembered, where it announced itself and this kind of network leads. Raises as `meet` does."""
+        async with self._ways.to(peer) as way:
+            return await self.over(way, peer.node)
 
     async def over(
         self, way: Way, node: str, *, joined: bool = False, codes: Sequence[str] = ()

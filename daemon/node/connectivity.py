@@ -51,6 +51,7 @@ _NEW_START_S = 4.0  # how long a question waits for IPFS to be there again
 _LOOK_S = 1.0  # between two looks at our own addresses
 _INTERFACES_S = 3.0  # between two looks at the addresses of this machine
 _ALONE_S, _LONGEST_ALONE_S = 2.0, 120.0  # between two searches for anybody
+_LEADS_TO_US = frozenset({"http", "ipfs"})  # parts over which others can ask us something
 
 
 class Connectivity:
@@ -196,6 +197,7 @@ class Connectivity:
         await self.gossip.close()
         await self.holder.close()
         await self.relay.close()
+        await self.ways.close()
 
     async def join(self, address: Address) -> Peer:
         """Know the node at `address` from now on. Raises as `Gossip.join`."""
@@ -267,8 +269,11 @@ class Connectivity:
     def relaying(self) -> bool:
         """Whether this node carries for others."""
         choice = self._config.swarm.relay
-        public = self.reachability.state == "public"
-        return choice == "on" or (choice == "auto" and public)
+        return choice == "on" or (choice == "auto" and self._is_asked_directly())
+
+    def _is_asked_directly(self) -> bool:
+        """Whether somebody outside reached our peer API, or the IPFS node that leads to it. A BitTorrent port does not."""
+        return not self.reachability.reached.isdisjoint(_LEADS_TO_US)
 
     def _ipfs(self) -> IpfsNode | None:
         return self._keeper.node
@@ -286,15 +291,17 @@ class Connectivity:
         return list({peer.node: peer for peer in [*joined, *others]}.values())
 
     def _dialable(self, peer: Peer) -> bool:
-        """Whether a node announces an endpoint that needs no relay."""
+        """Whether a node announces an endpoint that we may use and that needs no relay."""
         kind = self._config.network
         urls = any(ranges.allows_url(kind, url) for url in peer.address.http)
-        return urls or bool(direct_addresses(peer.address.ipfs, 1))
+        allowed = (one for one in peer.address.ipfs if ranges.allows_multiaddr(kind, one))
+        return urls or bool(direct_addresses(tuple(allowed), 1))
 
     def _wants_relays(self) -> bool:
         """Whether nobody can dial us, as far as is known."""
-        state = self.reachability.state
-        return state == "private" or (state == "unknown" and network.global_address() is None)
+        if self.reachability.state == "unknown":
+            return network.global_address() is None
+        return not self._is_asked_directly()
 
     def _carriers(self) -> list[Peer]:
         """Nodes that may carry for us, best first: those that we joined, then those that offer it."""

@@ -78,7 +78,7 @@ class Endpoints:
         if identity is None:
             return ()
         found = usable_multiaddrs(identity.addresses, self._config.network)
-        if self._reachability.state != "private":
+        if self._reachability.state == "unknown" or self._reachability.ipfs_is_public():
             return found
         # What a NAT shows of us outside leads nowhere: a hole must be punched first.
         return tuple(address for address in found if parse_multiaddr(address).relay)

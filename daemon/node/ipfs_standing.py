@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 
-from daemon import network
 from daemon.config import Config
 from daemon.errors import SwarmError
 from daemon.gossip.peers import PeerTable
@@ -75,24 +74,13 @@ class IpfsStanding:
     def _reach(self) -> Reach:
         if self._config.network != "public":
             return Reach()
-        public = self._is_public()
+        public = self._reachability.ipfs_is_public()
         return Reach(
             reachability="public" if public else "private",
             relays=() if public else self._relays(),
             relay_service=public and self._config.swarm.relay != "off",
             bootstrap=self._bootstrap(),
         )
-
-    def _is_public(self) -> bool:
-        """Whether libp2p shall take itself for one that can be dialled.
-
-        Before anybody has said how we are seen, a machine with an address of its own on the internet is taken as one: if that is
-        wrong, nobody comes who could be disappointed. Any other is taken as one behind a NAT.
-        """
-        if self._reachability.state == "private":
-            return False
-        proven = "ipfs" in self._reachability.reached
-        return proven or network.global_address() is not None
 
     def _relays(self) -> tuple[str, ...]:
         """Nodes to hold libp2p reservations with. Those that we have stay as long as one of them lives: each change costs a start."""

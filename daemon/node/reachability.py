@@ -5,7 +5,8 @@
     private   they could not reach us: we are behind a NAT or a firewall
 
 Each round of questions stands for itself: what most say counts, and of a tie, what was before. The nodes that a person joined are
-asked first. What we saw ourselves, somebody who came straight in, counts more than any word, until our address changes.
+asked first. What we saw ourselves, somebody who came straight in, counts more than any word. All of it counts for the address that
+it was said about, and until we have another.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ State = Literal["public", "private", "unknown"]
 Nat = Literal["none", "port-preserving", "symmetric", "unknown"]
 
 ASKED = 3  # nodes asked at a time
+MOST_ASKED = 12  # in a row, until one has an opinion
 _AGAIN_S = 600.0  # after a verdict
 _RETRY_S = 5.0  # while there is none, and at first while the kind of NAT is not known
 _SETTLE_S = 0.02  # several reasons to look again are one
@@ -67,6 +69,16 @@ class Reachability:
         """Our parts that somebody outside reached."""
         return self._told | self._witnessed
 
+    def ipfs_is_public(self) -> bool:
+        """Whether strangers can dial our IPFS node.
+
+        Before anybody has reached it, that of a machine with an address of its own on the internet is taken as one that can be
+        reached: if that is wrong, nobody comes who could be disappointed. Any other is taken as one behind a NAT.
+        """
+        if self.state == "private":
+            return False
+        return "ipfs" in self.reached or global_address() is not None
+
     def look_again(self) -> None:
         """Something is different: ask soon."""
         self._look.set()
@@ -75,10 +87,12 @@ class Reachability:
         """Somebody outside came straight to `part` of us from `address`. That is proof without anybody's word."""
         # Our own address is an IPv4 one: who came over IPv6 says nothing about it.
         stranger = ranges.allows("public", address) and ":" not in address
-        if not stranger or address in own_addresses() or part in self._witnessed:
+        if not stranger or address in own_addresses():
             return
-        if (ours := global_address()) is not None:
-            self._settle(ours, self._told, self._witnessed | {part})
+        ours = self._global_address()
+        if ours is not None:
+            told, witnessed = self._known_at(ours)
+            self._settle(ours, told, witnessed | {part})
 
     async def run(self) -> None:
         """Ask now and then, and whenever there is a reason to. Supervised."""
@@ -99,8 +113,30 @@ class Reachability:
                 continue
             await asyncio.sleep(_SETTLE_S)
 
+    def _global_address(self) -> str | None:
+        """An address of this machine on the internet: of several the one that others see."""
+        seen = self.external[:1]
+        if seen and seen[0] in own_addresses() and ranges.allows("public", seen[0]):
+            return seen[0]
+        return global_address()
+
+    def _known_at(self, address: str) -> tuple[frozenset[str], frozenset[str]]:
+        """What was told and witnessed while `address` was ours, as it still is."""
+        ours = self.external[:1] == (address,)
+        return (self._told, self._witnessed) if ours else (frozenset(), frozenset())
+
     async def _ask_some(self) -> list[tuple[dialback.Verdict, int | None]]:
-        asked = self._judges()[:ASKED]
+        """The verdicts of the first few of whom one has an opinion: those who are gone must not stand before all others."""
+        judges = self._judges()[:MOST_ASKED]
+        for start in range(0, len(judges), ASKED):
+            verdicts = await self._verdicts(judges[start : start + ASKED])
+            if verdicts or self._look.is_set():  # somebody better may have been joined meanwhile
+                return verdicts
+        return []
+
+    async def _verdicts(
+        self, asked: Sequence[Peer]
+    ) -> list[tuple[dialback.Verdict, int | None]]:
         results = await asyncio.gather(*(self._ask(peer) for peer in asked), return_exceptions=True)
         verdicts: list[tuple[dialback.Verdict, int | None]] = []
         for result in results:
@@ -131,19 +167,16 @@ class Reachability:
             )
 
     def _judge(self, verdicts: Sequence[tuple[dialback.Verdict, int | None]]) -> None:
-        said = [verdict for verdict, _ in verdicts]
-        # Of addresses that equally many saw, that of the first, who was joined by a person if any was.
-        address = str(Counter(verdict.address for verdict in said).most_common(1)[0][0])
+        """Of addresses that equally many saw, the one that we had, else that of the first, whom a person joined if anybody was."""
+        seen = Counter(str(verdict.address) for verdict, _ in verdicts)
+        most = max(seen.values())
+        agreed = [address for address, count in seen.items() if count == most]
+        address = next((one for one in agreed if one in self.external[:1]), agreed[0])
         self.nat = _nat(verdicts, self.nat)
-        told = frozenset(part for part in dialback.PARTS if self._most_reached(part, said))
-        kept = self._witnessed if self.external[:1] == (address,) else frozenset[str]()
-        self._settle(address, told, kept)
-
-    def _most_reached(self, part: str, said: Sequence[dialback.Verdict]) -> bool:
-        reached = sum(part in verdict.reached for verdict in said)
-        if 2 * reached == len(said):
-            return part in self._told
-        return 2 * reached > len(said)
+        about_it = [verdict for verdict, _ in verdicts if verdict.address == address]
+        before, witnessed = self._known_at(address)
+        told = frozenset(part for part in dialback.PARTS if _most_reached(part, about_it, before))
+        self._settle(address, told, witnessed)
 
     def _settle(self, address: str, told: frozenset[str], witnessed: frozenset[str]) -> None:
         before = (self.state, self.reached, self.external)
@@ -155,6 +188,12 @@ class Reachability:
             parts = ", ".join(sorted(self.reached)) or "nothing"
             _log.info("reachability: %s (%s)", self.state, parts)
             self._on_change()
+
+
+def _most_reached(part: str, said: Sequence[dialback.Verdict], before: frozenset[str]) -> bool:
+    """Whether most reached that part of us; of a tie, whether it was reached `before`."""
+    reached = sum(part in verdict.reached for verdict in said)
+    return part in before if 2 * reached == len(said) else 2 * reached > len(said)
 
 
 def _nat(verdicts: Sequence[tuple[dialback.Verdict, int | None]], before: Nat) -> Nat:
