@@ -258,6 +258,9 @@ def _revisions(fields: dict[str, Any], sequence: int) -> tuple[int, ...]:
 def _offer(node: str, fields: dict[str, Any]) -> Offer:
     # Thousands of offers name the same models: each of these texts is kept once.
     manifest = None if fields.get("manifest") is None else intern(canonical_cid(fields, "manifest"))
+    manifest_infohash: str | None = None
+    if fields.get("manifest_infohash") is not None:
+        manifest_infohash = intern(hex40(fields, "manifest_infohash"))
     infohash = None if fields.get("infohash") is None else intern(hex40(fields, "infohash"))
     infohash_v2 = None if fields.get("infohash_v2") is None else intern(hex64(fields, "infohash_v2"))
     return Offer(
@@ -274,6 +277,7 @@ def _offer(node: str, fields: dict[str, Any]) -> Offer:
         _count(fields, "seeders", MAX_COUNT),
         _count(fields, "peers", MAX_COUNT),
         _speed(fields.get("tokens_per_second", 0.0)),
+        manifest_infohash,
     )
 
 

@@ -72,6 +72,7 @@ class Offer:
     seeders: int = 0
     peers: int = 0
     tokens_per_second: float = 0.0
+    manifest_infohash: str | None = None  # v1, of the torrent by which the manifest travels over BitTorrent
 
 
 @dataclass(frozen=True, slots=True)

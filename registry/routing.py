@@ -63,6 +63,7 @@ class SwarmModel:
     local: bool
     offers: tuple[Offer, ...]
     upstream: bool = False  # there is no file: nodes answer for it from elsewhere
+    manifest_infohash: str | None = None  # of the torrent of `manifest`
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,7 @@ def _model(offers: Sequence[Offer], own: Mapping[str, Offer], without_file: Set[
     cid = _most((offer.cid for offer in voters), "")
     # An infohash counts with the CID it came with, see above.
     infohash_v2 = _most((offer.infohash_v2 for offer in voters if offer.cid == cid and offer.infohash_v2), None)
+    manifest = _most((offer.manifest for offer in offers if offer.cid == cid and offer.manifest), None)
     full = codes_of(cid, infohash_v2)
     return SwarmModel(
         name=_most((offer.name for offer in voters), ""),
@@ -177,7 +179,7 @@ def _model(offers: Sequence[Offer], own: Mapping[str, Offer], without_file: Set[
         cid=cid,
         infohash=_most((offer.infohash for offer in voters if offer.cid == cid and offer.infohash), None),
         infohash_v2=infohash_v2,
-        manifest=_most((offer.manifest for offer in offers if offer.cid == cid and offer.manifest), None),
+        manifest=manifest,
         serving=any(offer.serving for offer in offers),
         nodes=len(per_node),
         seeders=0 if cid in without_file else max(len(per_node), *(offer.seeders for offer in offers)),
@@ -185,6 +187,14 @@ def _model(offers: Sequence[Offer], own: Mapping[str, Offer], without_file: Set[
         local=bool(ours),
         offers=tuple(per_node.values()),
         upstream=cid in without_file,
+        manifest_infohash=_most(
+            (
+                offer.manifest_infohash
+                for offer in voters
+                if offer.manifest == manifest and offer.manifest_infohash
+            ),
+            None,
+        ),
     )
 
 

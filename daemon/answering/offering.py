@@ -58,6 +58,7 @@ class Offering:
             infohash=identity.infohash,
             infohash_v2=identity.infohash_v2,
             manifest=model.manifest,
+            manifest_infohash=self._library.manifest_infohash(model.manifest),
             name=model.name,
             size=identity.size,
             serving=served is not None,

@@ -106,8 +106,10 @@ def swarm_model(services: Services, known: SwarmModel) -> dict[str, Any]:
 
 
 def _magnet(services: Services, known: SwarmModel) -> str:
-    manifest = services.library.manifest_infohash(known.manifest)
-    return refs.magnet(known.infohash, known.infohash_v2, known.name, known.size, manifest)
+    here = services.library.manifest_infohash(known.manifest)
+    return refs.magnet(
+        known.infohash, known.infohash_v2, known.name, known.size, here or known.manifest_infohash
+    )
 
 
 def upstream(services: Services, served: Upstream) -> dict[str, Any]:
