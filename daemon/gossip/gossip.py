@@ -152,12 +152,8 @@ class Gossip:
         """Believe an announcement if it holds. Raises `Malformed`, `NotVerified`, `Stale`, `Refused` or `Busy`."""
         return await self.ear.receive(envelope)
 
-    async def own_pages(self) -> list[bytes]:
-        """Our newest word and our signed pages, as things are now."""
-        return await self.own_news(0, ())
-
     async def own_news(self, heard: int, wanted: Collection[int]) -> list[bytes]:
-        """What somebody lacks of them who heard our word number `heard` and asks for the `wanted` pages."""
+        """Our newest word, and our pages that somebody lacks who heard our word number `heard` (0: none) and asks for `wanted`."""
         return await self.pages.news(self.pace.lifetime_s, heard, wanted)
 
     def routes(self) -> Sequence[Route]:

@@ -99,12 +99,10 @@ class OwnPages:
         """Somebody on pubsub lacks these pages: they are said again with our next words, a few at a time."""
         self._asked |= dict.fromkeys(page for page in pages if page < len(self._pages))
 
-    async def current(self, lifetime_s: float) -> list[bytes]:
-        """All that we say as things are now, whether it has been said yet or not: our newest word first."""
-        return await self.news(lifetime_s, 0, ())
-
     async def news(self, lifetime_s: float, heard: int, wanted: Collection[int]) -> list[bytes]:
-        """What somebody lacks who heard our word number `heard` (0: none) and asks for the `wanted` pages."""
+        """What somebody lacks who heard our word number `heard` (0: none) and asks for the `wanted` pages, as things are now,
+        whether it has been said yet or not: our newest word first.
+        """
         async with self._composing:
             stale = self._head is None or self._clock() - self._head_at >= FRESH_S
             if stale or self._outdated:

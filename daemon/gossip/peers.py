@@ -310,10 +310,6 @@ class PeerTable:
                 found.add(self._entries[node].pages[number].envelope)
         return found
 
-    def envelopes(self) -> dict[str, list[bytes]]:
-        """All that may be passed on to others, by node."""
-        return self.news({}, {})
-
     def stats(self) -> dict[str, Stats]:
         """What asking each node was like since the start, for routing."""
         return dict(self._stats)

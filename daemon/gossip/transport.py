@@ -1,4 +1,4 @@
-"""A way by which our words travel. Each implementation is one file: pubsub.py, http.py, rendezvous.py."""
+"""A way by which our words travel. Each implementation is one file: pubsub.py, http.py."""
 
 from __future__ import annotations
 

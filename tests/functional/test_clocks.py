@@ -50,11 +50,11 @@ async def test_the_others_refuse_what_it_says_and_go_on(tmp_path: Path, off: int
         right, wrong = await three_right_and_one_wrong(stack, tmp_path, off)
         a, b, c = right
         wrong.serves(Script())
-        for envelope in await wrong.gossip.own_pages():
+        for envelope in await wrong.gossip.own_news(0, ()):
             with pytest.raises(Misdated, match="the clock of one of the nodes is off"):
                 await a.gossip.receive(envelope)
         # Over the peer API it is taken for what it is, too.
-        words = exchange.Words(await wrong.gossip.own_pages())
+        words = exchange.Words(await wrong.gossip.own_news(0, ()))
         async with aiohttp.ClientSession() as http:
             body = exchange.body(words, exchange.BROUGHT, a.membership)
             async with http.post(a.url + exchange.PATH, data=body, headers={"Content-Type": exchange.MEDIA_TYPE}) as response:

@@ -192,7 +192,7 @@ async def test_neither_joins_the_other(tmp_path: Path, keys: Any) -> None:
                 assert "no node of this swarm" in failed.value.why
         assert nodes(a) == nodes(stranger) == set()
         # Even a true page of a stranger, sent with all proofs but that of membership, is not heard.
-        body = {"envelopes": [page.decode() for page in await stranger.gossip.own_pages()]}
+        body = {"envelopes": [page.decode() for page in await stranger.gossip.own_news(0, ())]}
         async with aiohttp.ClientSession() as plain:
             async with plain.post(a.url + "/swarm/1/announce", json=body) as response:
                 assert response.status == 404
@@ -336,7 +336,7 @@ async def test_a_replayed_request_is_a_strangers(tmp_path: Path) -> None:
         url = await stack.enter_async_context(line.open())
         through = replace(peer, address=Address(a.key, http=(url,)))
         assert await ping(b.http, url, membership=b.membership, node=a.key, deadline_s=5) == a.key
-        await b.gossip.meeting.tell(through, await b.gossip.own_pages())
+        await b.gossip.meeting.tell(through, await b.gossip.own_news(0, ()))
         objects = Objects(lambda: None, b.ways, b.http, b.membership)
         assert await objects.get(leaf_cid(MANIFEST), [through], limit=1000) == MANIFEST
 

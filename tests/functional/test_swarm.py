@@ -208,7 +208,7 @@ async def test_pages_of_a_node_that_cannot_be_reached_come_from_another(tmp_path
     ):
         a.holds()
         await b.gossip.join(c.gossip.pages.address())
-        for envelope in await a.gossip.own_pages():
+        for envelope in await a.gossip.own_news(0, ()):
             await c.gossip.receive(envelope)
         await until(lambda: c.sees(a))
         await b.gossip.receive((await a.gossip.pages.news(60, 1 << 52, ()))[0])
@@ -280,7 +280,7 @@ async def test_replays_are_refused_also_after_a_restart(tmp_path: Path) -> None:
             a.serves(Script())
             await b.gossip.join(a.gossip.pages.address())
             await until(lambda: b.sees(a, serving=True))
-            recorded = b.table.envelopes()[a.key][0]
+            recorded = b.table.news({}, {})[a.key][0]
         async with swarm_node(tmp_path / "b", key=key) as b:
             assert b.sees(a, serving=True)
             with pytest.raises(Stale):
@@ -659,7 +659,7 @@ async def test_in_a_large_swarm_a_newcomer_gets_first_what_it_looks_for(tmp_path
         others = [leaf_cid(b"%d" % number) for number in range(12)]
         for number in range(120):
             await a.gossip.receive(a_page(*(others if number % 24 else [sought, *others])))
-        assert sum(len(words) for node in a.table.envelopes().values() for words in node) > 2 * limit
+        assert sum(len(words) for node in a.table.news({}, {}).values() for words in node) > 2 * limit
         address = a.gossip.pages.address()
         await b.gossip.meeting.meet(address, codes=(short(code_of_cid(sought)),))
         assert len(b.table.peers()) < 100
@@ -679,7 +679,7 @@ def a_page(*cids: str) -> bytes:
 
 async def test_wrong_envelopes_are_left_out_and_the_others_taken(tmp_path: Path) -> None:
     async with swarm_node(tmp_path / "a") as a, swarm_node(tmp_path / "b") as b:
-        good = (await b.gossip.own_pages())[0]
+        good = (await b.gossip.own_news(0, ()))[0]
         body = json.dumps({"envelopes": ["{}", good.decode().replace("payload", "payIoad"), good.decode(), good.decode()]})
         async with a.http.post(a.url + "/swarm/1/announce", data=body, headers={"Content-Type": "application/json"}) as response:
             assert response.status == 200

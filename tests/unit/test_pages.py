@@ -108,7 +108,7 @@ async def test_what_only_one_was_told_is_said_to_everybody(ledger: LedgerThread)
     await node.says()
     node.change(0, serving=True)
     node.pages.outdate()
-    told = read(await node.pages.current(LIFETIME_S))
+    told = read(await node.pages.news(LIFETIME_S, 0, ()))
     assert [offer.serving for word in told for offer in word.offers] == [True]
     assert [word.page for word in await node.says()] == [0]
     assert await node.says() == []

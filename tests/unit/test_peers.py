@@ -101,7 +101,7 @@ async def test_a_newer_page_replaces_its_number_and_pages_that_are_gone_go(ledge
     peers.accept(a.says(cids[3], page=0))
     peers.accept(a.beat(pages=2))
     assert offered(peers) == [cids[3], cids[1]]
-    assert [len(words) for words in peers.envelopes().values()] == [3]
+    assert [len(words) for words in peers.news({}, {}).values()] == [3]
     peers.accept(a.beat(pages=0))
     assert offered(peers) == []
     assert [peer.node for peer in peers.peers()] == [a.node]
@@ -111,7 +111,7 @@ async def test_offers_expire_and_the_node_is_remembered_for_a_week(ledger: Ledge
     peers, a = table(ledger, clock), Speaker(clock)
     peers.accept(a.says(cids[0]))
     clock[0] += 600
-    assert offered(peers) == [] and peers.peers() == [] and peers.envelopes() == {}
+    assert offered(peers) == [] and peers.peers() == [] and peers.news({}, {}) == {}
     peers.prune()
     assert [peer.node for peer in peers.remembered()] == [a.node]
     clock[0] += 8 * 24 * 3600
@@ -169,7 +169,7 @@ async def test_the_pages_of_a_code(ledger: LedgerThread, clock: list[int], cids:
     others = [Speaker(clock) for _ in range(9)]
     for other in others:
         peers.accept(other.says(cids[3]))
-    said = chosen([b"ours"], peers.envelopes(), sought=peers.pages_with([full]), shuffle=random.Random())
+    said = chosen([b"ours"], peers.news({}, {}), sought=peers.pages_with([full]), shuffle=random.Random())
     assert said[0] == b"ours" and set(said[1:4]) == {newest, *sought}
     assert said.index(newest) < said.index(sought[0])
     assert len(said) == len(set(said)) == 5 + len(others)
@@ -187,7 +187,7 @@ async def test_a_beat_prolongs_the_pages_that_it_names(ledger: LedgerThread, clo
         assert offered(peers) == cids[:1] and not peers.behind()
     # The signed page has expired long ago; together with the beat that names it, it can still be passed on.
     newcomer = table(ledger, clock)
-    for envelope in peers.envelopes()[a.node]:
+    for envelope in peers.news({}, {})[a.node]:
         newcomer.accept(envelope)
     assert offered(newcomer) == cids[:1]
     clock[0] += 600
@@ -220,7 +220,7 @@ async def test_a_beat_for_another_revision_leaves_a_page_the_time_it_had(ledger:
     with pytest.raises(Stale):
         peers.accept(old)
     # Nor is what is out of date passed on.
-    assert [len(words) for words in peers.envelopes().values()] == [1]
+    assert [len(words) for words in peers.news({}, {}).values()] == [1]
     clock[0] += 50
     assert offered(peers) == [] and peers.behind() == {a.node: (0,)}
     peers.accept(new)
@@ -255,7 +255,7 @@ async def test_a_node_that_names_pages_and_never_gives_them(ledger: LedgerThread
     a.revisions = tuple(range(1, 65))
     peers.accept(a.beat(sequence=100))
     assert peers.behind() == {a.node: tuple(range(64))}
-    assert peers.offers() == [] and len(peers.envelopes()[a.node]) == 1
+    assert peers.offers() == [] and len(peers.news({}, {})[a.node]) == 1
     others = [Speaker(clock) for _ in range(5)]
     for other in others:
         other.revisions = (1,)
@@ -445,7 +445,7 @@ async def test_pages_without_offers_are_bounded_by_their_bytes(ledger: LedgerThr
     with pytest.raises(Busy):
         for page in range(64):
             peers.accept(a.says(page=page))
-    assert sum(map(len, peers.envelopes()[a.node])) < 9 * OFFER_BYTES
+    assert sum(map(len, peers.news({}, {})[a.node])) < 9 * OFFER_BYTES
     await peers.mirror()
     assert len(await ledger.call(Ledger.pages)) < 64
     clock[0] += 600
