@@ -259,18 +259,6 @@ def parse(torrent: bytes) -> TorrentFacts:
     return TorrentFacts(_sha1(raw).hexdigest(), hashlib.sha256(raw).hexdigest(), name.decode(), size, length)
 
 
-def piece_hashes(torrent: bytes) -> list[bytes]:
-    """The SHA-1 of every piece (BEP 3) of a .torrent that `parse` accepts."""
-    whole, _ = decode(torrent, max_depth=MAX_DEPTH, max_tokens=MAX_TOKENS)
-    hashes = _bytes(_dict(whole, b"info"), b"pieces")
-    return [hashes[at : at + 20] for at in range(0, len(hashes), 20)]
-
-
-def is_piece(data: bytes, expected: bytes) -> bool:
-    """Whether `data` has the SHA-1 that a torrent gives for a piece."""
-    return bool(_sha1(data).digest() == expected)
-
-
 def _only_file(tree: Mapping[bytes, Any], name: bytes, size: int) -> bytes:
     if list(tree) != [name]:
         raise _refused("its two halves name different files")

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from daemon.errors import Busy, Declined, SwarmError, Unavailable, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
-from daemon.torrent import metainfo
 from daemon.torrent.download import Download
 from daemon.transfer.holders import HolderReader, Holders, Turns
 from daemon.transfer.sources import PieceSink, RangeSource, RateLimit, unwrap
@@ -57,7 +56,7 @@ class Sources:
 class Wanted:
     """One file. `holders` gives who is known to have it by now, `peers` (IP, port) those of them on BitTorrent.
 
-    `checked`: wrong pieces are found out, so that anybody may bring them; where there is a .torrent, by its `hashes` (SHA-1).
+    `checked`: the sink finds out wrong pieces, so that anybody may bring them.
     """
 
     what: str
@@ -66,7 +65,6 @@ class Wanted:
     holders: Callable[[], Sequence[Peer]]
     peers: Callable[[], Sequence[tuple[str, int]]]
     checked: bool = True
-    hashes: Sequence[bytes] = ()
 
 
 class Fetch:
@@ -221,12 +219,7 @@ class Fetch:
             workers=_HOLDER_WORKERS,
             range_size=_HOLDER_RANGE,
             go_on=lambda: time.monotonic() - self._last_near > patience.stall,
-            right=self._right,
         )
-
-    def _right(self, index: int, data: bytes) -> bool:
-        hashes = self._wanted.hashes
-        return not hashes or metainfo.is_piece(data, hashes[index])
 
     def _from_holder(self, amount: int) -> None:
         self._transfer.sources["https"] += amount

@@ -216,7 +216,7 @@ class Puller:
         sink = LeafSink(path, size, leaves if ours else [])
         await sink.check()
         # Without leaves of ours only IPFS itself checks what comes.
-        wanted = replace(self._wanted(plan), checked=ours, hashes=())
+        wanted = replace(self._wanted(plan), checked=ours)
         await Fetch(self._sources, wanted, transfer, sink, None).run()
         if not ours:
             await node.drop_blocks(leaves)
@@ -247,7 +247,6 @@ class Puller:
         return Wanted(
             what=plan.name or plan.ref, size=plan.size or 0, cid=plan.cid,
             holders=lambda: self._resolver.holders_of(plan), peers=lambda: self._bittorrent_peers(plan),
-            hashes=metainfo.piece_hashes(plan.torrent) if plan.torrent is not None else (),
         )  # fmt: skip
 
     def _bittorrent_peers(self, plan: Plan) -> list[tuple[str, int]]:

@@ -30,7 +30,7 @@ from registry.records import Identity, Model, Offer, Peer, Trust
 log = logging.getLogger(__name__)
 
 _GOSSIP_WAIT_S = 3.0  # how long an unknown code may take to be announced
-_LOOK_S = 0.1
+_LOOK_S = 0.25
 _MANIFESTS = 16  # of one model that are looked at, those that most nodes name first
 _STANDING: tuple[Trust, ...] = ("trusted", "pinned", "unknown", "MISMATCH", "blocked")
 _CID_DEADLINE_S = 30.0  # how long IPFS may look for a bare CID
@@ -71,6 +71,11 @@ class Announced(Protocol):
     """What other nodes announce."""
 
     def offers(self) -> Sequence[Offer]: ...
+
+    def offers_about(self, wanted: str) -> Sequence[Offer]:
+        """At least those of `offers()` that the reference `wanted` can mean, found without looking at all of them."""
+        ...
+
     def peer(self, node: str) -> Peer | None: ...
 
 
@@ -151,7 +156,7 @@ class Resolver:
         """The offers that match, once there are any; looked for where nobody has announced one in a moment."""
 
         def matching() -> list[Offer]:
-            return [offer for offer in self._peers.offers() if matches(offer)]
+            return [offer for offer in self._peers.offers_about(text) if matches(offer)]
 
         if not matching():
             deadline = time.monotonic() + _GOSSIP_WAIT_S
@@ -260,7 +265,8 @@ class Resolver:
     # -- bare CIDs and magnets --------------------------------------------------------------------------------------
 
     async def _from_cid(self, text: str, cid: str) -> Plan:
-        offers = [offer for offer in self._peers.offers() if cid in (offer.cid, offer.manifest)]
+        about = self._peers.offers_about(cid)
+        offers = [offer for offer in about if cid in (offer.cid, offer.manifest)]
         if offers:
             return await self._from_offers(text, offers)
         node = self._ipfs()
@@ -288,7 +294,7 @@ class Resolver:
                 (magnet.infohash and offer.infohash == magnet.infohash) or (magnet.infohash_v2 and offer.infohash_v2 == magnet.infohash_v2)
             )
 
-        offers = [offer for offer in self._peers.offers() if same(offer)]
+        offers = [offer for offer in self._peers.offers_about(text) if same(offer)]
         if not offers and self._torrents is None:
             # BitTorrent, which would ask others for the rest, is off: only who announces it can tell what it is.
             offers = await self._heard_of(text, same)

@@ -18,6 +18,7 @@ from daemon.transfer.objects import object_cid
 from daemon.transfer.resolve import Plan, Resolver
 from daemon.trust import TrustBook
 from registry import codes, envelope, manifest, refs, strictjson, upstream
+from registry.catalogue import Catalogue
 from registry.records import GgufFacts, Identity, Offer, Peer
 from tests.functional.swarm_nodes import nowhere
 
@@ -55,6 +56,12 @@ class World:
 
     def offers(self) -> Sequence[Offer]:
         return self.found
+
+    def offers_about(self, wanted: str) -> Sequence[Offer]:
+        catalogue = Catalogue()
+        for number, offer in enumerate(self.found):
+            catalogue.put((offer.node, number), [offer])
+        return catalogue.about(wanted)
 
     def peer(self, node: str) -> Peer | None:
         return None
@@ -238,3 +245,29 @@ async def test_an_upstream_does_not_stop_the_pull_of_a_file(trust: TrustBook) ->
     for lie in ({"infohash_v2": IDENTITY.infohash_v2}, {"manifest": CID}):
         world.found.append(replace(upstream.offer("liar", "Qwen", 4), **lie))  # type: ignore[arg-type]  # texts
     assert (await resolved(world, trust)).signed_by == envelope.key_name(ALICE)
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        CID,
+        object_cid(b"its manifest"),
+        codes.code_of_infohash_v2(IDENTITY.infohash_v2),
+        "#" + codes.short(codes.code_of_infohash_v2(IDENTITY.infohash_v2)),
+        "Qwen",
+        IDENTITY.infohash_v2.upper(),
+        IDENTITY.infohash,
+        refs.magnet(None, IDENTITY.infohash_v2, "another name", None),
+    ],
+)
+async def test_only_what_a_reference_can_mean_is_looked_at(trust: TrustBook, ref: str) -> None:
+    class Large(World):
+        def offers(self) -> Sequence[Offer]:
+            raise AssertionError("every offer of the swarm was looked at")
+
+    world = Large()
+    world.offer(None, manifest=object_cid(b"its manifest"))
+    world.objects[object_cid(b"its manifest")] = signed(ALICE)
+    world.offer(None, cid=object_cid(b"other bytes"), infohash=None, infohash_v2=None, name="other")
+    plan = await resolved(world, trust, ref)
+    assert (plan.cid, plan.signed_by) == (CID, envelope.key_name(ALICE))
