@@ -5,8 +5,8 @@ the models that it shares; so do the relays of a node that nobody can dial, at i
 IPFS every node gives provider records for a small block of the swarm and one per code. Either network is enough alone.
 
 What a DHT says is a hint and nothing more: whoever is named there is asked for its pages, and nothing counts that is not signed.
-The work is bounded, however many lies there are: each address is tried once, a few at a time, until what was looked for is heard
-of. docs/network.md tells who can see what.
+The work is bounded, however many lies there are: each address is tried once, a few at a time and drawn by chance, until what was
+looked for is heard of. docs/network.md tells who can see what.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from daemon.config import Network
 from daemon.errors import SwarmError, Unserved
 from daemon.gossip.meeting import Meeting
-from daemon.gossip.searching import MAX_TRIED, Crowd, SharedSearch
+from daemon.gossip.searching import POOL, Crowd, SharedSearch
 from daemon.ipfs.interface import IpfsNode
 from daemon.membership import Membership
 from daemon.network import url as url_of
@@ -58,9 +58,9 @@ class BitTorrentDht(Protocol):
 
 
 class Rendezvous:
-    """`offers` gives ours, `carried` the codes of the nodes that we carry for, `port` the port at which others reach our peer
-    API (None: they do not), `external` our own addresses. A network without DHTs has neither `dht` nor `ipfs`. Where `enabled` is
-    False nothing is announced; looking goes on.
+    """`offers` gives ours, `carried` the codes of the nodes that we carry for, in order of urgency, `port` the port at which others
+    reach our peer API (None: they do not), `external` our own addresses. A network without DHTs has neither `dht` nor `ipfs`. Where
+    `enabled` is False nothing is announced; looking goes on.
     """
 
     def __init__(
@@ -138,22 +138,28 @@ class Rendezvous:
         port = self._port()
         if self._dht is None or port is None:
             return
-        self._forget_announced(port)
-        for what in self.keys():
+        keys = self.keys()
+        self._forget_announced(port, frozenset(keys))
+        for what in keys:
             if what in self._announced:
                 continue
             await self._dht.announce(self._membership.rendezvous_key(what), port)
             self._announced[what] = time.monotonic()
             await asyncio.sleep(_PACE_S)
 
-    def _forget_announced(self, port: int) -> None:
-        """What the DHT forgets is announced again; and everything, where we are found at another address or port."""
+    def _forget_announced(self, port: int, keys: Collection[str]) -> None:
+        """What the DHT forgets is announced again; and everything, where we are found at another address or port.
+
+        What is not among `keys` any more is not kept.
+        """
         now_at = (port, *self._external()[:1])
         if now_at != self._announced_at:
             self._announced_at = now_at
             self._announced.clear()
         oldest = time.monotonic() - AGAIN_S
-        self._announced = {what: then for what, then in self._announced.items() if then > oldest}
+        self._announced = {
+            what: then for what, then in self._announced.items() if then > oldest and what in keys
+        }
 
     async def _provide_due(self, node: IpfsNode) -> None:
         keys = self.keys()
@@ -232,7 +238,7 @@ class Rendezvous:
     async def _ask_ipfs(self, node: IpfsNode, what: str, crowd: Crowd) -> None:
         cid = leaf_cid(self._membership.rendezvous_block(what))
         with suppress(SwarmError):  # IPFS goes away
-            async for one in node.providers(cid, limit=MAX_TRIED, deadline_s=SEARCH_S):
+            async for one in node.providers(cid, limit=POOL, deadline_s=SEARCH_S):
                 allowed = (a for a in one.addresses if ranges.allows_multiaddr(self._network, a))
                 # Without an address the DHT may still know one.
                 addresses = tuple(allowed) or (f"/p2p/{one.peer_id}",)

@@ -150,7 +150,7 @@ class Connectivity:
             dht=torrents.dht if has_dhts and torrents is not None else None,
             ipfs=self._ipfs if has_dhts else lambda: None,
             offers=offers,
-            carried=self._carried_codes,
+            carried=self.relay.codes_in_turn,
             port=self.endpoints.reached_port,
             external=lambda: self.reachability.external,
             enabled=has_dhts and config.swarm.rendezvous,
@@ -320,9 +320,6 @@ class Connectivity:
             for offer in offers
             for code in codes.codes_of(offer.cid, offer.infohash_v2)
         }
-
-    def _carried_codes(self) -> list[str]:
-        return [code for wanted in self.relay.codes().values() for code in sorted(wanted)]
 
     def _on_carried(self) -> None:
         """Others are carried for, or no more: what is announced for them follows by itself."""

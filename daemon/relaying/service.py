@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import zip_longest
 
 from aiohttp import web
 
@@ -92,6 +93,12 @@ class RelayService:
     def codes(self) -> Mapping[str, frozenset[str]]:
         """The codes that each held node asks to be announced under this node's address."""
         return {node: hold.request.codes for node, hold in self._holds.items()}
+
+    def codes_in_turn(self) -> list[str]:
+        """All of them, one of each node after the other: where only some find room, each node has its share."""
+        wanted = (sorted(codes) for codes in self.codes().values())
+        rounds = zip_longest(*wanted)
+        return [code for each in rounds for code in each if code is not None]
 
     def refresh(self) -> None:
         """`enabled` may say something else now: whoever is held is let go when this node relays no

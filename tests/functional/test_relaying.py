@@ -119,6 +119,24 @@ async def test_the_relay_learns_the_codes_and_forgets_them(tmp_path: Path) -> No
         await until(lambda: relay.relay.codes() == {})
 
 
+async def test_nodes_with_many_codes_leave_room_for_those_with_few(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        relay = await stack.enter_async_context(swarm_node(tmp_path / "relay", relays=True))
+        expected: dict[str, int] = {}
+        for number, models in enumerate((40, 1, 2)):
+            home = swarm_node(tmp_path / str(number), direct=False, hold=[relay.peer()])
+            server = await stack.enter_async_context(home)
+            for model in range(models):
+                server.holds(leaf_cid(b"%d of %d" % (model, number)), f"{model} of {number}")
+            expected[server.key] = models
+        sizes = lambda: {node: len(codes) for node, codes in relay.relay.codes().items()}  # noqa: E731
+        await until(lambda: sizes() == expected)
+        codes = relay.relay.codes()
+        in_turn = relay.relay.codes_in_turn()
+        assert sorted(in_turn) == sorted(code for wanted in codes.values() for code in wanted)
+        assert all(codes[node] & set(in_turn[:3]) for node in codes)
+
+
 # -- R34: relays that lie --------------------------------------------------------------------------
 
 

@@ -15,11 +15,12 @@ import pytest
 from aiohttp import web
 
 from daemon.config import Network
-from daemon.errors import Unavailable, Unserved
+from daemon.errors import Ambiguous, Unavailable, Unserved
 from daemon.gossip import rendezvous as under_test
+from daemon.gossip import searching
 from daemon.gossip.meeting import Meeting
 from daemon.gossip.rendezvous import AGAIN_S, MAX_KEYS, Rendezvous
-from daemon.gossip.searching import AT_ONCE, MAX_TRIED
+from daemon.gossip.searching import AT_ONCE, MAX_TRIED, Pool
 from daemon.ipfs.interface import Provider
 from daemon.listening import listening
 from daemon.membership import OpenSwarm
@@ -286,7 +287,8 @@ async def test_who_is_named_by_ipfs_is_met_over_libp2p(tmp_path: Path) -> None:
     ipfs = FakeIpfs(Provider(PEER, (wild, there, here)), Provider("12D3KooWNowhere", (wild,)), Provider("12D3KooWIdAlone", ()))
     await World().rendezvous(meeting, ipfs=ipfs, network="public").search(CODE, never)
     assert ipfs.asked == [leaf_cid(OPEN.rendezvous_block("code:" + CODE))]
-    assert [address.ipfs for address in meeting.met] == [(there,), ("/p2p/12D3KooWNowhere",), ("/p2p/12D3KooWIdAlone",)]
+    expected = [(there,), ("/p2p/12D3KooWNowhere",), ("/p2p/12D3KooWIdAlone",)]
+    assert sorted(address.ipfs for address in meeting.met) == sorted(expected)
     assert meeting.codes == {(CODE,)}
 
 
@@ -297,9 +299,49 @@ async def test_a_thousand_addresses_cost_so_many_tries_and_each_is_tried_once() 
     named = [("127.0.0.1", port) for port in range(1, 1001)]
     meeting = FakeMeeting()
     await World().rendezvous(meeting, dht=FakeDht(named + named)).search(None, never)
-    assert meeting.urls() == [f"http://127.0.0.1:{port}" for port in range(1, MAX_TRIED + 1)]
+    assert len(meeting.met) == len(set(meeting.urls())) == MAX_TRIED
+    assert set(meeting.urls()) <= {f"http://127.0.0.1:{port}" for port in range(1, 1001)}
     assert meeting.most == AT_ONCE
     assert meeting.codes == {()}
+
+
+async def test_an_honest_address_that_is_named_last_is_met_whatever_one_host_claims() -> None:
+    """By chance it is not: it has a third of the draws while one of the two others has a name left."""
+    honest = "http://127.0.0.3:1"
+    flood = [(f"127.0.0.{host}", port) for port in range(1, 3001) for host in (1, 2)]
+    meeting = FakeMeeting(honest)
+    dht = FakeDht([*flood, ("127.0.0.3", 1)])
+    await World().rendezvous(meeting, dht=dht).search(None, lambda: meeting.found)
+    assert meeting.found and len(meeting.met) <= MAX_TRIED
+
+
+async def test_names_on_one_network_keep_nobody_of_the_other_from_being_met() -> None:
+    flood = [(f"127.0.{net}.{host}", 80) for net in range(8) for host in range(1, 250)]
+    meeting = FakeMeeting(f"/p2p/{PEER}")
+    ipfs = FakeIpfs(Provider(PEER, ()))
+    seeker = World().rendezvous(meeting, dht=FakeDht(flood), ipfs=ipfs)
+    await seeker.search(None, lambda: meeting.found)
+    assert meeting.found
+
+
+def http(host: str, port: int) -> Address:
+    return Address("", http=(f"http://{host}:{port}",))
+
+
+def test_a_full_pool_drops_of_those_who_have_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "POOL", 10)
+    pool = Pool()
+    for number in range(100):
+        pool.add(http("[2a01:4f8:1:2::1]" if number % 2 else "[2a01:4f8:1:2::2]", 1 + number))
+    honest = [http(f"127.0.0.{host}", 80) for host in range(1, 6)]
+    for address in [*honest, *honest]:
+        pool.add(address)
+    assert len(pool) == 10
+    drawn = [pool.draw() for _ in range(10)]
+    assert set(honest) < set(drawn) and len(set(drawn)) == 10
+    pool.add(honest[0])  # it was drawn
+    with pytest.raises(IndexError):
+        pool.draw()
 
 
 INWARDS = ["127.0.0.1", "10.0.0.1", "192.168.1.1", "172.16.0.1", "169.254.1.1", "100.64.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255",
@@ -326,7 +368,7 @@ async def test_our_own_address_is_not_met() -> None:
     world.external, world.port = ("127.0.0.1", "127.0.0.5"), 8788
     named = [("127.0.0.1", 8788), ("127.0.0.5", 8788), ("127.0.0.1", 8789), ("127.0.0.2", 8788)]
     await world.rendezvous(meeting, dht=FakeDht(named)).search(None, never)
-    assert meeting.urls() == ["http://127.0.0.1:8789", "http://127.0.0.2:8788"]
+    assert sorted(meeting.urls()) == ["http://127.0.0.1:8789", "http://127.0.0.2:8788"]
 
 
 # -- the end of a search ------------------------------------------------------------------------------------------------
@@ -334,7 +376,8 @@ async def test_our_own_address_is_not_met() -> None:
 
 async def test_it_ends_when_what_was_looked_for_is_found() -> None:
     named = [("127.0.0.1", port) for port in range(1, 200)]
-    meeting, dht = FakeMeeting("http://127.0.0.1:3"), FakeDht(named, silent=True)
+    honest = [f"http://127.0.0.1:{port}" for port in range(1, 100)]
+    meeting, dht = FakeMeeting(*honest), FakeDht(named, silent=True)
     async with no_task_is_left():
         await World().rendezvous(meeting, dht=dht).search(None, lambda: meeting.found)
     assert len(meeting.met) < 199 and (meeting.now, dht.searching) == (0, 0)
@@ -457,6 +500,26 @@ async def test_each_waits_for_what_it_is_after() -> None:
     model.set()
     await second
     assert len(dht.asked) == 1
+
+
+async def test_a_condition_that_fails_ends_the_wait_of_its_own_caller_alone() -> None:
+    """Such as a code that means two models as soon as the second is heard of."""
+    meeting, dht = FakeMeeting(hangs=True), FakeDht([("127.0.0.1", 1)], silent=True)
+    seeker, heard = World().rendezvous(meeting, dht=dht), asyncio.Event()
+
+    def ambiguous() -> bool:
+        if meeting.now:
+            raise Ambiguous(CODE, "means 2 models", "use a longer code")
+        return False
+
+    first = asyncio.create_task(seeker.search(CODE, ambiguous))
+    second = asyncio.create_task(seeker.search(CODE, heard.is_set))
+    with pytest.raises(Ambiguous):
+        await first
+    assert not second.done() and dht.searching == 1
+    heard.set()
+    await second
+    assert dht.searching == 0
 
 
 async def test_who_comes_after_the_last_has_left_searches_anew() -> None:
