@@ -61,11 +61,11 @@ def test_the_first_question_goes_through_the_public_node_which_cannot_read_it(of
 
 
 def test_what_comes_back_passes_the_relay_sealed(offices: Offices) -> None:
-    text = offices.b.run("ask", PROMPT, f"#{offices.code}", "--max-tokens", "40")["text"]
+    text = offices.b.run("ask", PROMPT, f"#{offices.code}", "--max-tokens", "40", "--temperature", "0")["text"]
     needles = [piece.encode() for piece in text.split() if len(piece) > 6]
     assert needles, text
     with offices.r1.sniff(*needles) as first, offices.r2.sniff(*needles) as second:
-        again = offices.b.run("ask", PROMPT, f"#{offices.code}", "--max-tokens", "40")["text"]
+        again = offices.b.run("ask", PROMPT, f"#{offices.code}", "--max-tokens", "40", "--temperature", "0")["text"]
     assert needles[0].decode() in again
     assert not first.found | second.found
 
