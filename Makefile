@@ -17,7 +17,7 @@ setup:  ## packages into .venv, Kubo and a small model into .cache (about five m
 demo: setup  ## the main job on three nodes of this machine
 	@$(BIN)/python examples/demo.py
 
-internet: setup  ## two homes behind NAT and one public node, in network namespaces of this machine
+internet: setup  ## homes behind NATs and one public node, in network namespaces of this machine
 	@$(BIN)/python -m examples.internet
 
 lint: setup

@@ -16,8 +16,8 @@ from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from daemon.bootstrap import PUBLIC_BOOTSTRAP, check_bootstrap
 from daemon.errors import UsageError
-from daemon.ipfs.bootstrap import PUBLIC_BOOTSTRAP, check_bootstrap
 from daemon.membership import check as check_membership
 
 Network = Literal["public", "lan", "loopback"]

@@ -53,18 +53,20 @@ from daemon.relaying import pipes
 from daemon.supervise import Supervisor
 from daemon.torrent.session import TorrentSession
 from daemon.transfer.fetch import Patience, Sources
+from daemon.transfer.holders import Holders
 from daemon.transfer.introductions import Introductions
 from daemon.transfer.library import Library
 from daemon.transfer.objects import Objects, ObjectServer
 from daemon.transfer.publish import Publisher
 from daemon.transfer.pull import Puller
-from daemon.transfer.ranges import Holders, RangeServer
+from daemon.transfer.ranges import RangeServer
 from daemon.transfer.resolve import Resolver
 from daemon.transfer.resolve import parse as parse_ref
 from daemon.transfer.seeding import Seeding
 from daemon.transfer.sources import RateLimit
 from daemon.transfer.store import Store
 from daemon.transfer.transfers import Transfer, Transfers, utc_now
+from daemon.transfer.vouching import Vouching
 from daemon.trust import TrustBook
 from registry import envelope
 from registry.address import parse_address
@@ -221,6 +223,7 @@ class _Daemon:
                 upload_rate=config.transfer.upload_rate,
                 dht_bootstrap=[host_port(entry) for entry in config.torrent.dht_bootstrap],
                 dht_state=config.home / "torrents" / "dht.state",
+                nearby=network.own_networks(),
             )
             await torrents.start()
             stack.push_async_callback(torrents.close)
@@ -292,7 +295,7 @@ class _Daemon:
                 voice.http,
                 has.torrents,
                 network=config.network,
-                outside=connectivity.outside,
+                outside=connectivity.endpoints.for_bittorrent,
             )
             routes += introductions.routes()
         api = PeerApi(
@@ -301,8 +304,8 @@ class _Daemon:
             allowed=partial(network.may_come, config),
             on_direct=connectivity.came,
         )
-        hosts, port = network.hosts(config), network.port(config)
-        connectivity.ports = await stack.enter_async_context(api.listening(hosts, port))
+        listening = api.listening(network.hosts(config), config.swarm.port)
+        connectivity.ports = await stack.enter_async_context(listening)
         self._connectivity = connectivity
         stack.push_async_callback(connectivity.close)
         return introductions
@@ -328,6 +331,8 @@ class _Daemon:
             voice.connectivity.rendezvous.search,
             has.torrents,
         )
+        vouching = Vouching(has.library, resolver, has.trust.decide, time.monotonic)
+        voice.supervisor.run("vouching", vouching.run, restart=True)
         patience = Patience(config.transfer.stall, config.transfer.give_up)
         sources = Sources(
             self._ipfs,

@@ -11,6 +11,7 @@ but for a look at this machine's own addresses.
 from __future__ import annotations
 
 import socket
+from ipaddress import ip_network
 
 import psutil
 
@@ -18,6 +19,7 @@ from daemon.config import Config
 from registry import ranges
 
 _LOOPBACK = "127.0.0.1"
+_ANY = ("", "0.0.0.0", "::")  # noqa: S104 - what people say for "all addresses"
 
 
 def hosts(config: Config) -> list[str]:
@@ -27,11 +29,6 @@ def hosts(config: Config) -> list[str]:
     if config.network == "loopback" or (config.network == "public" and not config.swarm.open):
         return [_LOOPBACK]
     return ["0.0.0.0", "::"] if _has_ipv6() else ["0.0.0.0"]  # noqa: S104 - that is what it is for
-
-
-def port(config: Config) -> int:
-    """The TCP port of the peer API; one that nobody outside can reach need not be a certain one."""
-    return 0 if hosts(config) == [_LOOPBACK] else config.swarm.port
 
 
 def may_come(config: Config, address: str) -> bool:
@@ -44,9 +41,10 @@ def private_url(config: Config, port: int) -> tuple[str, ...]:
     if config.network == "loopback":
         return (f"http://{_LOOPBACK}:{port}",)
     address = private_address()
-    if address is None or config.swarm.host in (_LOOPBACK, "::1", "localhost"):
+    host = config.swarm.host
+    if address is None or host in (_LOOPBACK, "::1", "localhost"):
         return ()
-    return (url(config.swarm.host or address, port),)
+    return (url(address if host in _ANY else host, port),)
 
 
 def url(host: str, port: int) -> str:
@@ -62,6 +60,19 @@ def own_addresses() -> frozenset[str]:
     found = psutil.net_if_addrs().values()
     addresses = (entry.address.partition("%")[0] for entries in found for entry in entries)
     return frozenset(address for address in addresses if ranges.is_address(address))
+
+
+def own_networks() -> tuple[str, ...]:
+    """The private networks that this machine's interfaces are in, loopback left out; IPv6 only as far as links reach."""
+    found: set[str] = {"fe80::/10"}
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            if entry.family is not socket.AF_INET or not entry.netmask:
+                continue
+            network = ip_network(f"{entry.address}/{entry.netmask}", strict=False)
+            if network.is_private and not network.is_loopback:
+                found.add(str(network))
+    return tuple(sorted(found))
 
 
 def global_address() -> str | None:

@@ -7,7 +7,7 @@ peerchat/seal.py, relaying, gossip, the two DHTs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from daemon.config import Config
@@ -162,7 +162,10 @@ def _libp2p(config: Config, facts: Facts) -> Exposure | None:
         because = "mDNS calls it out in the LAN, and blocks are asked for by their CID"
     else:
         who = "IPFS nodes that you are connected to, and whoever asks the IPFS DHT"
-        learns = "your address and peer id, and which CIDs you look for or hold"
+        learns = (
+            "your address and peer id, and which CIDs you look for or hold. "
+            "The DHT may keep what it was told for up to 48 hours after you hold it no more"
+        )
         because = "blocks are found and asked for by their CID"
     return Exposure(who, learns, because, "ipfs.enabled = false")
 
@@ -178,6 +181,20 @@ def _bittorrent(config: Config, facts: Facts) -> Exposure | None:
         because = "who seeds or fetches a torrent is found by its infohash"
     learns = "your address, and that you hold or fetch that infohash"
     return Exposure(who, learns, because, "torrent.enabled = false")
+
+
+def _introductions(config: Config, facts: Facts) -> Exposure | None:
+    """Two nodes that cannot be dialled tell each other where to dial, see transfer/introductions.py."""
+    if not config.torrent.enabled or config.network == "loopback":
+        return None
+    asker = "members of your closed swarm" if facts.closed else "whoever"
+    verb = "ask" if facts.closed else "asks"
+    return Exposure(
+        f"{asker} that {verb} this node for a torrent that it holds, and holders of one that you fetch",
+        "the outside address and the port of your BitTorrent, also where a relay carries the question",
+        "both sides of a transfer dial at once, so that it gets through their routers",
+        "torrent.enabled = false",
+    )
 
 
 def _rendezvous(config: Config, facts: Facts) -> Exposure | None:
@@ -197,24 +214,33 @@ def _rendezvous(config: Config, facts: Facts) -> Exposure | None:
         learns,
         "swarm.rendezvous announces a key for the swarm and one for each code on the DHTs, "
         "so that a code alone is enough to find you",
-        "swarm.rendezvous = false: others then need an address to join, or the swarm's pubsub",
+        "swarm.rendezvous = false: others then need an address to join, or the swarm's pubsub. "
+        "What the DHTs were told runs out: BitTorrent's in half an hour, IPFS's within 48 hours",
     )
 
 
 def _bootstrap(config: Config, facts: Facts) -> Exposure | None:
     if config.network != "public":
         return None
-    settings: list[str] = []
-    if config.ipfs.enabled:
-        settings.append("ipfs.bootstrap")
-    if config.torrent.enabled:
-        settings.append("torrent.dht_bootstrap")
+    settings: dict[str, str] = {}  # and what each one's hosts see here
+    if config.ipfs.enabled and config.ipfs.bootstrap:
+        settings["ipfs.bootstrap"] = "IPFS"
+    if config.torrent.enabled and config.torrent.dht_bootstrap:
+        settings["torrent.dht_bootstrap"] = "BitTorrent"
+    if not settings:
+        return None
     return Exposure(
         "the bootstrap hosts",
-        "your address, and that you run an IPFS or BitTorrent node",
+        f"your address, and that you run {_a_node(settings.values())}",
         "a node that remembers nobody enters the DHTs through them",
         f"{' and '.join(settings)} name others, or none",
     )
+
+
+def _a_node(networks: Iterable[str]) -> str:
+    kinds = " and ".join(networks)
+    article = "an" if kinds.startswith("IPFS") else "a"
+    return f"{article} {kinds} node"
 
 
 # -- here, and nowhere ----------------------------------------------------------------------------
@@ -248,6 +274,7 @@ _TOLD: tuple[Callable[[Config, Facts], Exposure | None], ...] = (
     _carried,
     _libp2p,
     _bittorrent,
+    _introductions,
     _rendezvous,
     _bootstrap,
     _machine,

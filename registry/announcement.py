@@ -163,7 +163,7 @@ def accept(
     if before is not None and said.sequence <= before.sequence:
         _check_named(said, before, now)
         return said
-    _check_expiry(said.expires, now, max_skew)
+    _check_expiry(said, now, max_skew)
     if said.sequence <= floor:
         raise Stale("the announcement is older than the last start, and may have been heard before")
     return said
@@ -221,12 +221,14 @@ def _check_named(said: Announcement, before: Peer, now: int) -> None:
         raise Stale("the page belongs to an announcement that has expired")
 
 
-def _check_expiry(expires: int, now: int, max_skew: int) -> None:
-    ahead = expires - now
+def _check_expiry(said: Announcement, now: int, max_skew: int) -> None:
+    ahead = said.expires - now
     if ahead > MAX_LIFETIME + max_skew:
-        raise Misdated(f"the announcement expires in {_span(ahead)}, later than any may: the clock of one of the nodes is off")
+        why = f"expires in {_span(ahead)}, later than any may: the clock of one of the nodes is off"
+        raise Misdated(f"the announcement {why}", said.node, long_ago=False)
     if ahead <= -MAX_LIFETIME:
-        raise Misdated(f"the announcement expired {_span(-ahead)} ago: it is an old one, or the clock of one of the nodes is off")
+        why = f"expired {_span(-ahead)} ago: it is an old one, or the clock of one of the nodes is off"
+        raise Misdated(f"the announcement {why}", said.node, long_ago=True)
     if ahead <= 0:
         raise Stale(f"the announcement expired {_span(-ahead)} ago")
 

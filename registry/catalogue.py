@@ -139,6 +139,8 @@ class Catalogue:
                 yield from self._by_infohash_v2.cids(v2 or "")
             case NameRef(name=name):
                 yield from self._by_name.cids(name)
+                # A bare v2 infohash has the form of a name.
+                yield from self._by_infohash_v2.cids(name.lower())
 
     def _with_code(self, code: str) -> Iterator[str]:
         for at in range(bisect_left(self._codes, (code, "")), len(self._codes)):
@@ -173,6 +175,6 @@ def _can_mean(ref: Ref, offer: Offer) -> bool:
         case MagnetRef(infohash=v1, infohash_v2=v2):
             return bool((v1 and offer.infohash == v1) or (v2 and offer.infohash_v2 == v2))
         case NameRef(name=name):
-            return offer.name == name
+            return offer.name == name or offer.infohash_v2 == name.lower()
         case _:
             return False

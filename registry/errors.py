@@ -28,7 +28,12 @@ class Repeated(Stale):
 
 
 class Misdated(Stale):
-    """Dated so that the clock of one of the two nodes must be off."""
+    """Signed by `node`, and dated so that the clock of one of the two nodes must be off; `long_ago` if in the past."""
+
+    def __init__(self, text: str, node: str, *, long_ago: bool) -> None:
+        super().__init__(text)
+        self.node = node
+        self.long_ago = long_ago
 
 
 class NotVerified(ValueError):

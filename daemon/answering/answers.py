@@ -149,7 +149,7 @@ class Answers:
         took longer are tried again with patience before this node loads what it only holds.
         """
         local = {one.offer.cid: one for one in self._local()}
-        choices = await self._found(model, local)
+        choices = await self._found(model, local, via)
         serving = [choice for choice in choices if choice.offer.serving]
         failures: dict[Choice, SwarmError] = {}
         waiting = deque((choice, QUICK_S if len(serving) > 1 else CONNECT_S) for choice in serving)
@@ -168,11 +168,18 @@ class Answers:
                     waiting.append((choice, CONNECT_S))
         raise _nobody(model, list(failures.items()), via)
 
-    async def _found(self, model: str | None, local: Mapping[str, LocalModel]) -> list[Choice]:
-        """The candidates; looked for on the DHTs where none is known."""
+    async def _found(
+        self, model: str | None, local: Mapping[str, LocalModel], via: str
+    ) -> list[Choice]:
+        """The candidates; looked for on the DHTs where none is known.
+
+        Who names a relay does not want to be seen by those who serve the model: a search would meet them with its code.
+        """
         try:
             return self._candidates(model, local)
         except (NotFound, Unserved):
+            if via not in (AUTO, NEVER):
+                raise
             await self._search(model, lambda: self._is_served(model, local))
             return self._candidates(model, local)
 

@@ -28,7 +28,7 @@ async def list_models(request: web.Request) -> web.StreamResponse:
 
 async def list_peers(request: web.Request) -> web.StreamResponse:
     known = services(request)
-    return web.json_response([views.peer(known, item) for item in known.peers.peers()])
+    return web.json_response(views.peers(known, known.peers.peers()))
 
 
 async def register(request: web.Request) -> web.StreamResponse:
@@ -54,4 +54,5 @@ async def join(request: web.Request) -> web.StreamResponse:
     except Malformed as error:
         raise UsageError("address", str(error), "copy it from another node's `swarmctl status`") from error
     known = services(request)
-    return web.json_response(views.peer(known, await known.gossip.join(address)))
+    [joined] = views.peers(known, [await known.gossip.join(address)])
+    return web.json_response(joined)

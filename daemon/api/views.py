@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +12,7 @@ from daemon.engine.interface import Served, Usage
 from daemon.privacy import Facts
 from registry import codes, refs, routing
 from registry.address import format_address
-from registry.records import Model, Peer
+from registry.records import Model, Offer, Peer
 from registry.routing import SwarmModel
 
 
@@ -116,10 +116,18 @@ def upstream(services: Services, served: Upstream) -> dict[str, Any]:
     return {**swarm_model(services, known), "context": served.offer.context_length, "slots": served.slots, "free_slots": served.free_slots}
 
 
-def peer(services: Services, item: Peer) -> dict[str, Any]:
+def peers(services: Services, items: Sequence[Peer]) -> list[dict[str, Any]]:
+    """Other nodes. The offers of all are looked through once, however many nodes there are."""
+    by_node: dict[str, list[Offer]] = {item.node: [] for item in items}
+    for offer in services.peers.offers():
+        if offer.node in by_node:
+            by_node[offer.node].append(offer)
+    return [_peer(services, item, by_node[item.node]) for item in items]
+
+
+def _peer(services: Services, item: Peer, offers: Sequence[Offer]) -> dict[str, Any]:
     """`seen`: when it was heard last, `relays` carry for it, `relay`: it carries for others, `via`: through whom it was reached."""
     heard = services.peers.heard(item.node)
-    offers = [offer for offer in services.peers.offers() if offer.node == item.node]
     return {
         "node": item.node,
         "peer_id": item.peer_id,

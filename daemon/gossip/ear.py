@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
 
 from daemon.errors import Busy, Refused, SwarmError
+from daemon.gossip.clocks import Clocks
 from daemon.gossip.peers import PeerTable
 from registry.errors import Malformed, Misdated, NotVerified, Repeated, Stale
 from registry.records import Announcement
-
-_JUDGED = 32
-_SUSPECT = 3  # wrong times of others that are one's own
 
 _log = logging.getLogger(__name__)
 
@@ -32,13 +30,15 @@ class Ear:
         pass_on: Callable[[bytes], None],
         behind: Callable[[], None],
     ) -> None:
-        self.heard: set[str] = set()  # nodes that said something since the start, or since IPFS came back
+        # Nodes of the table that said something since the start, or since IPFS came back.
+        self.heard: set[str] = set()
+        table.on_forget = self.heard.discard
         self._table = table
         self._greet = greet
         self._pass_on = pass_on
         self._behind = behind
         self._refusal = ""
-        self._dated_wrong: deque[bool] = deque(maxlen=_JUDGED)  # of the last announcements
+        self._clocks = Clocks(table.alive, time.monotonic)
 
     async def receive(self, envelope: bytes) -> Announcement:
         """Believe an announcement if it holds. Raises `Malformed`, `NotVerified`, `Stale`, `Refused` or `Busy`."""
@@ -47,7 +47,7 @@ class Ear:
         except REFUSALS as error:
             self._note(error)
             raise
-        self._dated_wrong.append(False)
+        self._clocks.dated_right(said.node)
         if self._table.is_behind(said.node):
             self._behind()
         new = said.node not in self.heard
@@ -75,8 +75,8 @@ class Ear:
 
     @property
     def clock_is_off(self) -> bool:
-        """Whether most of what others say has a wrong time: then it is more likely ours that is wrong."""
-        return sum(self._dated_wrong) >= max(_SUSPECT, len(self._dated_wrong) / 2)
+        """Whether most others have another time than we: then it is more likely ours that is wrong."""
+        return self._clocks.ours_is_off
 
     def forget(self) -> None:
         """Whoever was heard has to be reached again."""
@@ -84,7 +84,7 @@ class Ear:
 
     def _note(self, error: Exception) -> None:
         if isinstance(error, Misdated):
-            self._dated_wrong.append(True)
+            self._clocks.dated_wrong(error)
         # The same reason again and again, as from a node whose clock is off, is one line in the log.
         if str(error) != self._refusal and not isinstance(error, Repeated):
             self._refusal = str(error)

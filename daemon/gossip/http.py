@@ -1,7 +1,9 @@
 """Words over HTTP between peer APIs: the transport for nodes that pubsub does not reach.
 
 Told are the nodes that we joined; without IPFS also the last that told us, and some others, chosen by chance. Chance alone would
-leave out a node that has nobody but us, the more so the more nodes have left without a word.
+leave out a node that has nobody but us, the more so the more nodes have left without a word. What pubsub brings is passed on to
+nodes without IPFS that spoke to us, and by `TELLERS` or so of all that hear it to each of the others. Whoever was not reached rests
+(rests.py).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 TOLD = 8  # nodes told besides the joined ones: the last that told us, and as many of the others
 TOLD_OF_NOTHING = 3  # the same for a beat
+TELLERS = 3  # nodes on pubsub that pass a page on to a node without IPFS, about, besides those that it spoke to
 
 
 class Http:
@@ -81,11 +84,16 @@ class Http:
         await asyncio.gather(*told, return_exceptions=True)
 
     def spread(self, said: Announcement) -> None:
-        """Somebody said something new over pubsub: tell those that pubsub does not reach. A beat can wait for our own."""
+        """Somebody said something new over pubsub: maybe tell those that pubsub does not reach. A beat can wait for our own."""
         if said.page is None and said.revisions:
             return
-        without = [peer for peer in self._table.without_ipfs() if _can_be_told(peer)]
-        for peer in self._random.sample(without, min(TOLD, len(without))):
+        everybody = self._table.without_ipfs()
+        without = [one for one in everybody if one.node != said.node and self._can_be_told(one)]
+        hearers = 1 + max(0, self._table.count() - len(everybody))
+        drawn = [one for one in without if self._random.random() * hearers < TELLERS]
+        told = [one for one in without if one.node in self._told_by]
+        told += self._random.sample(drawn, min(TOLD, len(drawn)))
+        for peer in {one.node: one for one in told}.values():
             self._tell(peer)
 
     def helpers(self) -> list[Peer]:
@@ -128,13 +136,19 @@ class Http:
         known = {
             peer.node: peer
             for peer in self._table.peers()
-            if _can_be_told(peer) and not (reached_otherwise and peer.peer_id is not None)
+            if self._can_be_told(peer) and not (reached_otherwise and peer.peer_id is not None)
         }
         told_by = [known[node] for node in self._told_by if node in known][-most:]
         others = self._random.sample(list(known.values()), min(most, len(known)))
-        return list({peer.node: peer for peer in [*self._joined(), *told_by, *others]}.values())
+        joined = [peer for peer in self._joined() if not self._meeting.rests.resting(peer.node)]
+        return list({peer.node: peer for peer in [*joined, *told_by, *others]}.values())
+
+    def _can_be_told(self, peer: Peer) -> bool:
+        speaks_http = peer.address.http or peer.address.relays
+        return bool(speaks_http) and not self._meeting.rests.resting(peer.node)
 
     def _note_teller(self, node: str) -> None:
+        self._meeting.rests.end(node)
         if node in self._told_by:
             self._told_by.remove(node)
         self._told_by.append(node)
@@ -142,7 +156,8 @@ class Http:
     def _tell(self, peer: Peer) -> None:
         """Give a node our pages in the background; one at a time, always the newest."""
         name = f"tell {peer.node}"
-        if name in self._supervisor.state():
+        task = self._supervisor.state().get(name)
+        if task is not None and task.state == "running":
             self._tell_again.add(peer.node)
         else:
             self._supervisor.run(name, lambda: self._tell_newest(peer), restart=False)
@@ -154,10 +169,7 @@ class Http:
                 await self._meeting.tell(self._table.peer(peer.node) or peer, self._newest)
             except SwarmError as error:
                 _log.debug("telling %s: %s", peer.node[:16], error)
+                self._tell_again.discard(peer.node)
                 return
             if peer.node not in self._tell_again:
                 return
-
-
-def _can_be_told(peer: Peer) -> bool:
-    return bool(peer.address.http or peer.address.relays)

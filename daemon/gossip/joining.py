@@ -1,6 +1,7 @@
 """Becoming part of a swarm: `join`, and staying in it. Joined addresses are remembered and tried again until they answer.
 
-A node that hears nobody at all also tries the nodes that it knew in the last week.
+A node that hears nobody at all also tries the nodes that it knew in the last week. What is joined was named by a person and may be
+any host; where an old friend is was said by itself, so that it is tried only where this kind of network leads (registry/ranges.py).
 """
 
 from __future__ import annotations
@@ -107,15 +108,31 @@ class Joiner:
             found.append(self._table.peer(node) or Peer(node, None, contact.address, 0, 0))
         return found
 
-    async def _meet(self, address: Address, *, joined: bool = True) -> Peer:
-        """Connect over every part that both nodes have; who was not `joined` has no place of its own in the table.
+    async def _meet(self, address: Address) -> Peer:
+        """Connect to a node that a person named, over every part of its address that both nodes have.
 
-        Raises `Unserved` or `VerificationError` when none works."""
+        Raises `Unserved` or `VerificationError` when none works.
+        """
         ways: dict[str, Awaitable[Peer]] = {}
         if address.http or address.relays:
-            ways["HTTP"] = self._meeting.meet(replace(address, ipfs=()), joined=joined)
+            ways["HTTP"] = self._meeting.meet(replace(address, ipfs=()), joined=True)
         if address.ipfs:
-            ways["IPFS"] = self._over_ipfs(address, joined=joined)
+            ways["IPFS"] = self._over_ipfs(address)
+        return await self._over_all(ways)
+
+    async def _meet_again(self, peer: Peer) -> Peer:
+        """The same for a node that is remembered, at what it announced. It has no place of its own in the table."""
+        address = peer.address
+        ways: dict[str, Awaitable[Peer]] = {}
+        if address.http or address.relays:
+            without_ipfs = replace(peer, peer_id=None, address=replace(address, ipfs=()))
+            ways["HTTP"] = self._meeting.meet_again(without_ipfs)
+        if address.ipfs:
+            only_ipfs = replace(peer, address=Address(peer.node, ipfs=address.ipfs))
+            ways["IPFS"] = self._meeting.meet_again(only_ipfs)
+        return await self._over_all(ways)
+
+    async def _over_all(self, ways: Mapping[str, Awaitable[Peer]]) -> Peer:
         if not ways:
             why = "the address has no part that this node can reach"
             raise Unserved("join", why, "copy it from the other node's status again")
@@ -146,7 +163,8 @@ class Joiner:
             raise VerificationError("join", told, "check the address with whoever gave it")
         raise Unserved("join", told, "check that the other node runs and that its address is current")
 
-    async def _over_ipfs(self, address: Address, *, joined: bool) -> Peer:
+    async def _over_ipfs(self, address: Address) -> Peer:
+        """At multiaddrs that a person named: unlike those of `Ways`, they may be of any host."""
         ipfs = await self._ipfs()
         if ipfs is None:
             raise Unserved("peer", "IPFS is not running here")
@@ -154,20 +172,20 @@ class Joiner:
         await reach(ipfs, peer_id, address.ipfs)
         async with ipfs.dial(self._membership.protocol, peer_id) as (host, port):
             way = Way(f"http://{host}:{port}", node=address.node)
-            peer = await self._meeting.over(way, address.node, joined=joined)
+            peer = await self._meeting.over(way, address.node, joined=True)
         if peer.peer_id != peer_id:
             raise VerificationError("peer", "another node answers there")
         return peer
 
     async def _rejoin_forever(self) -> None:
-        alone = _Contact(Address(""))
+        alone = _Contact(Address(""))  # when old friends are tried
         while True:
             now = time.monotonic()
             due = [contact for contact in self._contacts.values() if contact.due <= now and self._away(contact)]
             await asyncio.gather(*(self._try(contact) for contact in due))
             if not self._ear.heard and alone.due <= now:
-                old = [peer.address for peer in self._table.remembered()[:OLD_FRIENDS]]
-                await asyncio.gather(*(self._try(_Contact(address), joined=False) for address in old))
+                old = self._table.remembered()[:OLD_FRIENDS]
+                await asyncio.gather(*(self._try_again(peer) for peer in old))
                 alone.due, alone.pause = now + alone.pause, min(2 * alone.pause, LONGEST_PAUSE_S)
             elif self._ear.heard:
                 alone.pause = FIRST_PAUSE_S
@@ -177,12 +195,18 @@ class Joiner:
         node = contact.address.node
         return not self._table.alive(node) or node not in self._ear.heard
 
-    async def _try(self, contact: _Contact, *, joined: bool = True) -> None:
+    async def _try_again(self, peer: Peer) -> None:
+        try:
+            await self._meet_again(peer)
+        except SwarmError as error:
+            _log.debug("an old friend cannot be reached: %s", error)
+
+    async def _try(self, contact: _Contact) -> None:
         address = contact.address
         if not address.ipfs and not address.http and not address.relays:
             return
         try:
-            peer = await self._meet(address, joined=joined)
+            peer = await self._meet(address)
         except SwarmError as error:
             _log.info("a known node cannot be reached: %s", error)
             contact.due, contact.pause = time.monotonic() + contact.pause, min(2 * contact.pause, LONGEST_PAUSE_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import aiohttp
@@ -12,6 +13,7 @@ from daemon.gossip import exchange
 from daemon.gossip.ear import Ear
 from daemon.gossip.exchange import Words
 from daemon.gossip.peers import PeerTable
+from daemon.gossip.rests import Rests
 from daemon.membership import Membership
 from daemon.peerapi.ways import CONNECT_S, Way, Ways
 from registry import announcement as rules
@@ -22,7 +24,7 @@ FEW = 1000  # nodes whose newest words are listed in each exchange, although pub
 
 class Meeting:
     """`own` is our node key; `own_news` gives our signed words that somebody lacks, see `OwnPages.news`; `pubsub` says whether we
-    hear the others without asking.
+    hear the others without asking. `rests` are the nodes that `tell` and `ask` did not reach.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Meeting:
         own_news: Callable[[int, Collection[int]], Awaitable[list[bytes]]],
         pubsub: Callable[[], bool],
     ) -> None:
+        self.rests = Rests(time.monotonic)
         self._own_id = rules.node_id(own)
         self._ways = ways
         self._http = http
@@ -55,13 +58,19 @@ class Meeting:
         codes: Sequence[str] = (),
         deadline_s: float = CONNECT_S,
     ) -> Peer:
-        """The node at an address that a person gave, or that was met before; one that was `joined` finds a place for ever.
+        """The node at an address that a person gave, or that the caller knows to be allowed: any host is asked.
 
-        It is asked first of all for who offers a model with one of the short `codes`, at most `exchange.MAX_CODES`.
+        One that was `joined` finds a place for ever. It is asked first of all for who offers a model with one of the short
+        `codes`, at most `exchange.MAX_CODES`.
         Raises `Unserved` with each way that failed, `VerificationError` when another node answers.
         """
         async with self._ways.to_address(address, deadline_s=deadline_s) as way:
             return await self.over(way, address.node, joined=joined, codes=codes)
+
+    async def meet_again(self, peer: Peer) -> Peer:
+        """A node that is remembered, where it announced itself and this kind of network leads. Raises as `meet` does."""
+        async with self._ways.to(peer) as way:
+            return await self.over(way, peer.node)
 
     async def over(
         self, way: Way, node: str, *, joined: bool = False, codes: Sequence[str] = ()
@@ -81,24 +90,27 @@ class Meeting:
             if newly:
                 self._table.release(said.node)
             raise Unserved("peer", str(heard[0]))
+        self.rests.end(said.node)
         await self._give(way, answer)
         return peer
 
     async def tell(self, peer: Peer, words: Sequence[bytes]) -> None:
         """Give our words to a node that is known, and each what the other lacks. Raises `Unserved` or `VerificationError`."""
-        async with self._ways.to(peer) as way:
-            answer = await self._post(way, self._asking(words))
-            await self._ear.take_in(answer.envelopes)
-            await self._give(way, answer)
+        with self.rests.trying(peer.node):
+            async with self._ways.to(peer) as way:
+                answer = await self._post(way, self._asking(words))
+                await self._ear.take_in(answer.envelopes)
+                await self._give(way, answer)
 
     async def ask(self, peer: Peer, about: str) -> None:
         """Ask a node for the pages that are missing here, those of the node `about` first, and for nothing else.
 
         Raises as `tell` does.
         """
-        async with self._ways.to(peer) as way:
-            question = Words(want=self._table.want(exchange.MAX_WANT, about))
-            await self._ear.take_in((await self._post(way, question)).envelopes)
+        with self.rests.trying(peer.node):
+            async with self._ways.to(peer) as way:
+                question = Words(want=self._table.want(exchange.MAX_WANT, about))
+                await self._ear.take_in((await self._post(way, question)).envelopes)
 
     async def bid_farewell(self, peer: Peer, words: Sequence[bytes]) -> None:
         """Give our words and ask nothing. Raises as `tell` does."""
@@ -129,7 +141,9 @@ class Meeting:
         """What the other lacks after it has answered, if anything."""
         lacked = await self._lacked(answer, own_too=self._own_id in answer.want)
         if lacked:
-            await self._post(way, Words(lacked))
+            # Whoever speaks puts itself first, or the other would take us for whom we pass on.
+            own = await self._own_news(rules.MAX_SEQUENCE, ())
+            await self._post(way, Words(list(dict.fromkeys([*own, *lacked]))))
 
     async def _lacked(self, words: Words, *, own_too: bool = True) -> list[bytes]:
         own: list[bytes] = []

@@ -44,7 +44,10 @@ _QUESTIONS_COUNTED = 32
 
 
 class PeerTable:
-    """`own` is our node key; `standing` says what the operator thinks of a key; `clock` gives unix seconds."""
+    """`own` is our node key; `standing` says what the operator thinks of a key; `clock` gives unix seconds.
+
+    `on_forget` is told of each node that leaves the table; it is set once.
+    """
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class PeerTable:
         limit: int = PEERS_LIMIT,
         offers_limit: int = OFFERS_LIMIT,
     ) -> None:
+        self.on_forget: Callable[[str], None] = lambda node: None
         self._ledger = ledger
         self._own = own
         self._clock = clock
@@ -457,3 +461,4 @@ class PeerTable:
         self._behind.pop(node, None)
         self._without_ipfs.pop(node, None)
         self._mirror.note(node)
+        self.on_forget(node)

@@ -4,8 +4,9 @@
     second    somebody else who may have met it
     third     everybody who listens to pubsub hears the question, and the node says the pages again when it speaks next
 
-Then the same again, with pauses that double. A moment passes before the first question, because pages follow each other; it is
-longer in a large swarm, where many ask at once. A node that names pages and never gives them costs one question a minute.
+Then the same again, with pauses that double; a node that rests (rests.py) is not asked itself. A moment passes before the first
+question, because pages follow each other; it is longer in a large swarm, where many ask at once. A node that names pages and never
+gives them costs one question a minute.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ class Wants:
             if turn == 2:
                 await self._ask_everybody({node: self._table.behind().get(node, ())})
             else:
-                await self._ask_one(node, itself=turn == 0)
+                rests = self._meeting.rests.resting(node)
+                await self._ask_one(node, itself=turn == 0 and not rests)
         except SwarmError as error:
             _log.debug("asking for pages of %s: %s", node[:16], error)
 

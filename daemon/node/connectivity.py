@@ -7,11 +7,9 @@ shall stand in the network.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -19,7 +17,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon import network
 from daemon.config import Config
-from daemon.errors import SwarmError
 from daemon.gossip.gossip import Gossip
 from daemon.gossip.liveness import Liveness
 from daemon.gossip.pages import Card, OwnPages
@@ -27,9 +24,11 @@ from daemon.gossip.peers import PeerTable
 from daemon.gossip.rendezvous import Rendezvous
 from daemon.ipfs.interface import IpfsNode
 from daemon.ipfs.keeper import IpfsKeeper
-from daemon.ipfs.reach import MAX_RELAYS, MAX_REMEMBERED, Reach, direct_addresses
+from daemon.ipfs.reach import direct_addresses
 from daemon.ledger import LedgerThread
 from daemon.membership import Membership
+from daemon.node.endpoints import Endpoints
+from daemon.node.ipfs_standing import IpfsStanding
 from daemon.node.reachability import Reachability
 from daemon.peerapi.dialback import DialBack
 from daemon.peerapi.ping import Ping
@@ -42,21 +41,16 @@ from daemon.relaying.tunnels import RelayTunnels
 from daemon.supervise import Supervisor
 from daemon.torrent.session import TorrentSession
 from registry import codes, ranges
-from registry.address import usable
 from registry.envelope import key_name
-from registry.errors import Malformed
-from registry.multiaddrs import parse_multiaddr, usable_multiaddrs
 from registry.records import Address, Announcement, Offer, Peer
-from registry.store import Ledger
 
 _log = logging.getLogger(__name__)
 
 _JOIN_WAIT_S = 20.0  # how long a join waits for IPFS to come up
 _NEW_START_S = 4.0  # how long a question waits for IPFS to be there again
 _LOOK_S = 1.0  # between two looks at our own addresses
-_REMEMBER_S = 60.0  # between two looks at which peers are good
+_INTERFACES_S = 3.0  # between two looks at the addresses of this machine
 _ALONE_S, _LONGEST_ALONE_S = 2.0, 120.0  # between two searches for anybody
-_REMEMBERED = "ipfs.good_peers"
 _LEADS_TO_US = frozenset({"http", "ipfs"})  # parts over which others can ask us something
 
 
@@ -92,7 +86,7 @@ class Connectivity:
             self.node,
             self.ways,
             membership,
-            ports=self._own_ports,
+            ports=lambda: self.endpoints.own_ports(),
             judges=self._judges,
             on_change=self._on_change,
         )
@@ -122,6 +116,7 @@ class Connectivity:
             http=pipes,
             supervisor=supervisor,
             candidates=self._carriers,
+            joined=lambda: {peer.node for peer in self.gossip.joiner.peers()},
             codes=self._shared_codes,
             wanted=self._wants_relays,
             streams_port=lambda: self.ports.streams,
@@ -130,6 +125,23 @@ class Connectivity:
         self.ways.relays = RelayTunnels(pipes, self.relay)
         self.ways.lookup = table.peer
         self.liveness = Liveness(table, self.ways, supervisor)
+        self.endpoints = Endpoints(
+            self.node,
+            config,
+            self.reachability,
+            torrents,
+            ports=lambda: self.ports,
+            identity=lambda: self.gossip.pubsub.identity,
+            relays=self.holder.points,
+        )
+        self._standing = IpfsStanding(
+            config,
+            ledger,
+            table,
+            keeper,
+            self.reachability,
+            joined=self.gossip.joiner.peers,
+        )
         has_dhts = config.network == "public"
         self.rendezvous = Rendezvous(
             membership,
@@ -139,20 +151,18 @@ class Connectivity:
             ipfs=self._ipfs if has_dhts else lambda: None,
             offers=offers,
             carried=self._carried_codes,
-            port=self._reached_port,
+            port=self.endpoints.reached_port,
             external=lambda: self.reachability.external,
             enabled=has_dhts and config.swarm.rendezvous,
         )
         self._dialback = DialBack(config.network, self._ipfs, http, membership)
         self._config = config
-        self._ledger = ledger
         self._table = table
         self._keeper = keeper
         self._torrents = torrents
         self._supervisor = supervisor
         self._offers = offers
         self._seal_keys = seal_keys
-        self._good_peers: tuple[str, ...] = ()
         self._own_multiaddrs: tuple[str, ...] = ()
         self._ipfs_peers = 0
         self._held: frozenset[str] = frozenset()  # whom we carried for when it was last looked at
@@ -169,24 +179,25 @@ class Connectivity:
 
     async def start(self) -> None:
         """Begin to speak, and to find out how we can be reached."""
-        stored = await self._ledger.call(Ledger.get_meta, _REMEMBERED)
-        self._good_peers = tuple(json.loads(stored or "[]"))
-        self._keeper.want(self._reach())
+        await self._standing.open()
         await self.gossip.start(self.ports.streams)
         if self._config.network == "public":
             self._supervisor.run("reachability", self.reachability.run, restart=True)
             self.holder.start()
-            if self._torrents is not None and self._listens_outside():
+            if self._torrents is not None and self.endpoints.listens_outside():
+                self._torrents.ports.on_change = self.reachability.look_again
                 self._torrents.ports.map_port(self.ports.direct)
             self._supervisor.run("announce on DHT", self.rendezvous.announce_forever, restart=True)
             self._supervisor.run("provide", self.rendezvous.provide_forever, restart=True)
             self._supervisor.run("look for others", self._look_for_others, restart=True)
+            self._supervisor.run("interfaces", self._watch_interfaces, restart=True)
 
     async def close(self) -> None:
         await self.rendezvous.close()
         await self.gossip.close()
         await self.holder.close()
         await self.relay.close()
+        await self.ways.close()
 
     async def join(self, address: Address) -> Peer:
         """Know the node at `address` from now on. Raises as `Gossip.join`."""
@@ -208,7 +219,7 @@ class Connectivity:
         await self.gossip.on_ipfs_ready(node)
         self._supervisor.run("own addresses", lambda: self._watch(node), restart=True)
         if self._config.network == "public":
-            self._supervisor.run("good peers", lambda: self._remember(node), restart=True)
+            self._supervisor.run("good peers", lambda: self._standing.remember_forever(node), restart=True)
         self.reachability.look_again()
 
     async def on_ipfs_gone(self) -> None:
@@ -219,20 +230,9 @@ class Connectivity:
         self.liveness.disconnected()
         await self.gossip.on_ipfs_gone()
 
-    def address(self) -> Address:
-        """What a person hands on: our announced address, and before anybody could prove it, our own on the internet."""
-        known = self._card().address
-        guess = network.global_address()
-        if self._config.network != "public" or self.reachability.state != "unknown" or guess is None:
-            return known
-        urls = (network.url(guess, self.ports.direct),) if self._listens_outside() else ()
-        bittorrent = self._torrents.port if self._torrents is not None else 0
-        peers = (network.host_port(guess, bittorrent),) if bittorrent else ()
-        return replace(known, http=urls, bittorrent=peers)
-
     def standing(self) -> dict[str, Any]:
         """How this node stands in the network, as `status` has it."""
-        urls = self._urls()
+        urls = self.endpoints.urls()
         dht = self._torrents.dht.nodes if self._torrents is not None else 0
         off = self.gossip.ear.clock_is_off
         return {
@@ -280,91 +280,9 @@ class Connectivity:
 
     def _card(self) -> Card:
         identity = self.gossip.pubsub.identity
-        address = Address(
-            self.node,
-            ipfs=self._multiaddrs(),
-            bittorrent=self._bittorrent(),
-            http=self._urls(),
-            relays=self.holder.points(),
-        )
         peer_id = identity.peer_id if identity is not None else None
-        return Card(peer_id, usable(address), self._seal_keys.public(), self.relaying)
-
-    def _multiaddrs(self) -> tuple[str, ...]:
-        """Of our IPFS node's addresses those that a stranger can use."""
-        identity = self.gossip.pubsub.identity
-        if identity is None:
-            return ()
-        found = usable_multiaddrs(identity.addresses, self._config.network)
-        if self.reachability.state == "unknown" or self._ipfs_is_public():
-            return found
-        # What a NAT shows of us outside leads nowhere: a hole must be punched first.
-        return tuple(address for address in found if parse_multiaddr(address).relay)
-
-    def _bittorrent(self) -> tuple[str, ...]:
-        """host:port for BitTorrent peers."""
-        host = self._host("bittorrent")
-        if host is None or self._torrents is None or not self._torrents.port:
-            return ()
-        return (network.host_port(host, self._torrents.port),)
-
-    def outside(self) -> list[tuple[str, int]]:
-        """The (IP, port) at which BitTorrent peers may find us when both dial: right where a router keeps the port."""
-        if self._torrents is None:
-            return []
-        seen = [*self.reachability.external[:1], *reversed(self._torrents.dht.external_addresses)]
-        return [(address, self._torrents.port) for address in seen[:1]]
-
-    def _urls(self) -> tuple[str, ...]:
-        """Base URLs of our peer API."""
-        if self._config.network != "public":
-            return network.private_url(self._config, self.ports.direct)
-        host = self._host("http")
-        return () if host is None else (network.url(host, self._outside_port()),)
-
-    def _host(self, part: str) -> str | None:
-        """The address at which others reach that part of us."""
-        if self._config.network == "loopback":
-            return "127.0.0.1"
-        if self._config.network == "lan":
-            return network.private_address()
-        reached = part in self.reachability.reached
-        return self.reachability.external[0] if reached else None
-
-    def _reached_port(self) -> int | None:
-        """The port at which others reach our peer API; None where they do not."""
-        return self._outside_port() if "http" in self.reachability.reached else None
-
-    def _listens_outside(self) -> bool:
-        """Whether the peer API listens where others could reach it."""
-        return network.hosts(self._config) != ["127.0.0.1"]
-
-    def _outside_port(self) -> int:
-        """The port of our peer API as others see it: the one that a router forwards, where one does."""
-        mapped = self._torrents.ports.mapped_port if self._torrents is not None else None
-        return mapped or self.ports.direct
-
-    def _own_ports(self) -> Mapping[str, int]:
-        """The ports that somebody outside may try, by part."""
-        ports: dict[str, int] = {}
-        if self._listens_outside():
-            ports["http"] = self._outside_port()
-        if (libp2p := self._libp2p_port()) is not None:
-            ports["ipfs"] = libp2p
-        if self._torrents is not None and self._torrents.port:
-            ports["bittorrent"] = self._torrents.port
-        return ports
-
-    def _libp2p_port(self) -> int | None:
-        identity = self.gossip.pubsub.identity
-        for address in identity.addresses if identity is not None else ():
-            try:
-                found = parse_multiaddr(address)
-            except Malformed:
-                continue
-            if found.transport == "tcp" and not found.relay:
-                return found.port
-        return None
+        address = self.endpoints.announced()
+        return Card(peer_id, address, self._seal_keys.public(), self.relaying)
 
     def _judges(self) -> list[Peer]:
         """Nodes that can say how we are seen: the joined ones first, then whoever can be dialled."""
@@ -378,8 +296,6 @@ class Connectivity:
         urls = any(ranges.allows_url(kind, url) for url in peer.address.http)
         allowed = (one for one in peer.address.ipfs if ranges.allows_multiaddr(kind, one))
         return urls or bool(direct_addresses(tuple(allowed), 1))
-
-    # -- how our IPFS node stands -------------------------------------------------------------------------------------
 
     def _wants_relays(self) -> bool:
         """Whether nobody can dial us, as far as is known."""
@@ -422,52 +338,8 @@ class Connectivity:
     def _on_change(self) -> None:
         self.holder.changed()
         self.relay.refresh()
-        self._keeper.want(self._reach())
+        self._standing.update()
         self.gossip.changed()
-
-    def _ipfs_is_public(self) -> bool:
-        """Whether strangers can dial our IPFS node.
-
-        Before anybody has reached it, that of a machine with an address of its own on the internet is taken as one that can be
-        reached: if that is wrong, nobody comes who could be disappointed. Any other is taken as one behind a NAT.
-        """
-        if self.reachability.state == "private":
-            return False
-        return "ipfs" in self.reachability.reached or network.global_address() is not None
-
-    def _reach(self) -> Reach:
-        """What our IPFS node shall be told of the network."""
-        if self._config.network != "public":
-            return Reach()
-        public = self._ipfs_is_public()
-        return Reach(
-            reachability="public" if public else "private",
-            relays=() if public else self._relays(),
-            relay_service=public and self._config.swarm.relay != "off",
-            bootstrap=self._bootstrap(),
-        )
-
-    def _relays(self) -> tuple[str, ...]:
-        """Nodes to hold libp2p reservations with. Those that we have stay as long as one of them lives: each change costs a start."""
-        running = self._keeper.reach.relays
-        live = {peer.peer_id for peer in self._table.peers()}
-        if any(address.rpartition("/")[2] in live for address in running):
-            return running
-        return direct_addresses(self._carriers_multiaddrs(), MAX_RELAYS)
-
-    def _carriers_multiaddrs(self) -> tuple[str, ...]:
-        joined = self.gossip.joiner.peers()
-        known = [peer for peer in self._table.remembered() if peer.relay]
-        carriers = [*joined, *known]
-        addresses = (address for peer in carriers for address in peer.address.ipfs)
-        return tuple(one for one in addresses if ranges.allows_multiaddr("public", one))
-
-    def _bootstrap(self) -> tuple[str, ...]:
-        """Ways into the IPFS network that worked before: nodes of ours, and what our IPFS node found good."""
-        ours = (address for peer in self._table.remembered() for address in peer.address.ipfs)
-        known = (*ours, *self._good_peers)
-        allowed = tuple(one for one in known if ranges.allows_multiaddr("public", one))
-        return direct_addresses(allowed, MAX_REMEMBERED)
 
     async def _look_for_others(self) -> None:
         """A node that hears nobody, and was told of nobody, looks on the DHTs for anybody."""
@@ -492,12 +364,12 @@ class Connectivity:
             self.liveness.connected(connected)
             if self._config.network == "public":
                 await self._look_who_came(node)
-            addresses = self._multiaddrs()
+            addresses = self.endpoints.multiaddrs()
             if addresses != self._own_multiaddrs:
                 self._own_multiaddrs = addresses
                 self.gossip.changed()
             # Relays are met after the start, and go.
-            self._keeper.want(self._reach())
+            self._standing.update()
             await asyncio.sleep(_LOOK_S)
 
     async def _look_who_came(self, node: IpfsNode) -> None:
@@ -507,14 +379,14 @@ class Connectivity:
             if connection.inbound and not connection.relayed:
                 self.reachability.came(connection.address.split("/")[2], "ipfs")
 
-    async def _remember(self, node: IpfsNode) -> None:
+    async def _watch_interfaces(self) -> None:
+        """Another network was entered, or left: how we are seen has to be found out anew."""
+        known = network.own_addresses()
         while True:
-            await asyncio.sleep(_REMEMBER_S)
-            try:
-                good = await node.known_peers()
-            except SwarmError as error:
-                _log.debug("who is good is not known: %s", error)
-                continue
-            if good:
-                self._good_peers = good
-                await self._ledger.call(Ledger.set_meta, _REMEMBERED, json.dumps(good))
+            await asyncio.sleep(_INTERFACES_S)
+            now = network.own_addresses()
+            if now != known:
+                known = now
+                if self._torrents is not None:
+                    self._torrents.ports.renew()
+                self.reachability.look_again()

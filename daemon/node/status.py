@@ -50,7 +50,7 @@ class Status:
         self.api = ""  # known once the API listens
 
     async def read(self) -> dict[str, Any]:
-        address = self._connectivity.address()
+        address = self._connectivity.endpoints.for_people()
         ipfs = await self._ipfs()
         keys = self._serving.served().keys()
         served = [model.identity for model in self._library.models() if model.identity.blake3 in keys]

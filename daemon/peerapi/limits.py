@@ -1,4 +1,8 @@
-"""Ceilings of the peer API, each per source and over all of them."""
+"""Ceilings of the peer API, each per source and over all of them.
+
+A source is an IP address (a public IPv6 address counts as its /64), a libp2p peer, or a relay of ours (`relay:NODE`). Anybody makes
+as many libp2p peer ids as they like, so that all who come over libp2p together have at most half of what there is.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from daemon.buckets import counted_as
 from daemon.errors import Busy
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Rates are per second and source, times in seconds. A source is an IP address or a libp2p peer."""
+    """Rates are per second and source, times in seconds.
+
+    Of the connections, relayed streams may take three of five (see daemon/relaying/limits.py).
+    """
 
     connections: int = 512  # at the same time, over all sources
     connections_per_source: int = 64
@@ -24,18 +32,26 @@ class Limits:
     announce_burst: float = 100.0
     envelopes_rate: float = 50.0
     envelopes_burst: float = 1000.0
+    objects: int = 32  # being sent at the same time, over all sources
+    objects_per_source: int = 8
+    idle_s: float = 30.0  # for somebody to take a piece of what is sent
     object_rate: float = 20.0
     object_burst: float = 200.0
 
 
 class Places:
-    """Places that are taken for a while: so many over all sources, so many for one. `what` is named in the refusal."""
+    """Places that are taken for a while: so many over all sources, so many for one, half of all for all libp2p peers together.
+
+    `what` is named in the refusal.
+    """
 
     def __init__(self, what: str, total: int, per_source: int) -> None:
         self._what = what
         self._total = total
         self._per_source = per_source
         self._taken: Counter[str] = Counter()
+        self._libp2p_total = max(1, total // 2)
+        self._libp2p = 0
 
     @property
     def taken(self) -> int:
@@ -53,12 +69,24 @@ class Places:
 
     def enter(self, source: str) -> bool:
         """Take a place, to be given back by `leave`; False when there is none."""
-        if self._taken.total() >= self._total or self._taken[source] >= self._per_source:
+        one = counted_as(source)
+        if self._taken.total() >= self._total or self._taken[one] >= self._per_source:
             return False
-        self._taken[source] += 1
+        if _is_libp2p(source):
+            if self._libp2p >= self._libp2p_total:
+                return False
+            self._libp2p += 1
+        self._taken[one] += 1
         return True
 
     def leave(self, source: str) -> None:
-        self._taken[source] -= 1
-        if not self._taken[source]:
-            del self._taken[source]
+        one = counted_as(source)
+        self._libp2p -= _is_libp2p(source)
+        self._taken[one] -= 1
+        if not self._taken[one]:
+            del self._taken[one]
+
+
+def _is_libp2p(source: str) -> bool:
+    """Whether it is a peer id: base58 has nothing but letters and digits, which no other source has."""
+    return source.isalnum()

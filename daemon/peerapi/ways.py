@@ -18,28 +18,25 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
-    Coroutine,
-    Iterable,
     Iterator,
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import aiohttp
 
 from daemon.config import Network
-from daemon.errors import Declined, SwarmError, Unreachable, Unserved, VerificationError
+from daemon.errors import Declined, Unreachable, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.membership import ASKED, Membership
+from daemon.peerapi.kinds import BYTES, MESSAGES, Kind
 from daemon.peerapi.ping import ping
-from daemon.relaying.wire import BYTES, MESSAGES, Kind
+from daemon.peerapi.racing import Losers, Race, first
 from registry import ranges
 from registry.endpoints import peer_of, relay_address
 from registry.records import Address, Peer
-
-T = TypeVar("T")
 
 CONNECT_S = 5.0  # for one way to a peer
 RELAYS_AFTER_S = 0.3  # head start of the ways without a relay
@@ -106,8 +103,16 @@ class Ways:
         self._http = http
         self.relays: Relays | None = None
         self.lookup: Callable[[str], Peer | None] = lambda node: None
+        self.losers = Losers()  # ways that were too late, until they are closed
         self._reached: dict[str, str | None] = {}  # by node: the relay of the last way to it
         self._answers = 0
+
+    async def close(self) -> None:
+        """Wait until the ways that were too late are closed: seconds at most. Idempotent.
+
+        Call it when nobody opens a way any more, and before IPFS and the `http` of relays go.
+        """
+        await self.losers.close()
 
     @property
     def answering(self) -> bool:
@@ -145,13 +150,16 @@ class Ways:
         Raises `Unreachable` with the reason of each way that failed (`Declined` where one was a relay that does not want to),
         `VerificationError` when another node answers everywhere.
         """
-        candidates = self._candidates(peer, via, avoid, kind=BYTES if bulk else MESSAGES)
+        kind = BYTES if bulk else MESSAGES
+        candidates = self._candidates(peer, via, avoid, kind=kind)
         if not candidates and via not in (AUTO, NEVER):
             raise Unserved("peer", f"node {via.removeprefix('ed25519:')[:8]} does not carry for it")
         if _says_how(peer):
             stack, way = await self._first(candidates, peer.node, deadline_s)
         else:
-            stack, way = await self._now_or_later(candidates, peer.node, via, avoid, deadline_s)
+            stack, way = await self._now_or_later(
+                candidates, peer.node, via, avoid, kind, deadline_s
+            )
         self._note(peer.node, way)
         async with stack:
             yield way
@@ -173,16 +181,18 @@ class Ways:
         node: str,
         via: str,
         avoid: Collection[str],
+        kind: Kind,
         deadline_s: float,
     ) -> tuple[AsyncExitStack, Way]:
         """The first way to a node that announces none: it has joined just now, and says how it is reached in a moment."""
 
         async def later() -> tuple[AsyncExitStack, Way]:
             peer = await self._announced(node, deadline_s)
-            return await self._first(self._candidates(peer, via, avoid), node, deadline_s)
+            said = self._candidates(peer, via, avoid, kind=kind)
+            return await self._first(said, node, deadline_s)
 
         try:
-            return await first([self._first(candidates, node, deadline_s), later()])
+            return await first([self._first(candidates, node, deadline_s), later()], self.losers)
         except Unserved as error:
             raise Unreachable(error.what, error.why, error.hint) from error
 
@@ -268,7 +278,7 @@ class Ways:
         if node is None:
             raise Unserved("peer", "IPFS is not running here")
         allowed = [one for one in multiaddrs if ranges.allows_multiaddr(self._network, one)]
-        await reach(node, peer_id, allowed)
+        await reach(node, peer_id, allowed, losers=self.losers)
         async with node.dial(self._membership.protocol, peer_id) as (host, port):
             yield Way(f"http://{host}:{port}")
 
@@ -289,16 +299,18 @@ class Ways:
     ) -> tuple[AsyncExitStack, Way]:
         if not candidates:
             raise _no_way()
-        race = _Race(len(candidates))
+        race = Race(len(candidates))
         try:
-            return await first(self._attempt(one, node, deadline_s, race) for one in candidates)
+            return await first(
+                (self._attempt(one, node, deadline_s, race) for one in candidates), self.losers
+            )
         except Declined:
             raise
         except Unserved as error:
             raise Unreachable(error.what, error.why, error.hint) from error
 
     async def _attempt(
-        self, candidate: _Candidate, node: str, deadline_s: float, race: _Race
+        self, candidate: _Candidate, node: str, deadline_s: float, race: Race
     ) -> tuple[AsyncExitStack, Way]:
         try:
             await race.wait(candidate.delay_s)
@@ -331,36 +343,6 @@ class _Candidate:
     delay_s: float = 0.0
 
 
-class _Race:
-    """Lets those that wait start when nobody else is left."""
-
-    def __init__(self, runners: int) -> None:
-        self._running = runners
-        self._waiting = 0
-        self._alone = asyncio.Event()
-
-    async def wait(self, delay_s: float) -> None:
-        if not delay_s:
-            return
-        self._waiting += 1
-        self._look()
-        try:
-            async with asyncio.timeout(delay_s):
-                await self._alone.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self._waiting -= 1
-
-    def failed_or_won(self) -> None:
-        self._running -= 1
-        self._look()
-
-    def _look(self) -> None:
-        if self._waiting and self._waiting >= self._running:
-            self._alone.set()
-
-
 @asynccontextmanager
 async def _open_url(url: str) -> AsyncIterator[Way]:
     yield Way(url)
@@ -388,51 +370,21 @@ def _peer_id(address: Address) -> str | None:
     return peer_of(address.ipfs[0]) if address.ipfs else None
 
 
-async def first(ways: Iterable[Coroutine[Any, Any, T]]) -> T:
-    """What the first way to succeed returns; the others are cancelled.
+async def reach(
+    node: IpfsNode, peer_id: str, addresses: Sequence[str], *, losers: Losers | None = None
+) -> None:
+    """Be connected to `peer_id` over libp2p. Addresses that were too late are `losers`; without, they are waited for.
 
-    When all fail with a `SwarmError`: raises the only one, else `Unserved` with every reason (`Declined` if that was one of
-    them). Any other exception at once.
-    What a way that came second holds open is closed.
+    Raises `Unserved` when none of its addresses works, `Unavailable` without IPFS.
     """
-    tasks = [asyncio.create_task(way) for way in ways]
-    failures: list[SwarmError] = []
-    winner: T | None = None
-    try:
-        for done in asyncio.as_completed(tasks):
-            try:
-                winner = await done
-                return winner
-            except SwarmError as error:
-                failures.append(error)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*(_let_go(task, winner) for task in tasks))
-    if len(failures) == 1:
-        raise failures[0]
-    if failures and all(isinstance(failure, VerificationError) for failure in failures):
-        raise failures[0]
-    reasons = dict.fromkeys(failure.why for failure in failures)
-    declined = any(isinstance(failure, Declined) for failure in failures)
-    why = "; ".join(reasons) or "there is no way to it"
-    raise (Declined if declined else Unserved)("peer", why, "check that it runs, and its address")
-
-
-async def _let_go(task: asyncio.Task[Any], winner: Any) -> None:
-    await asyncio.wait({task})
-    if task.cancelled() or task.exception() is not None or task.result() is winner:
-        return
-    match task.result():
-        case (AsyncExitStack() as stack, _):
-            await stack.aclose()
-
-
-async def reach(node: IpfsNode, peer_id: str, addresses: Sequence[str]) -> None:
-    """Be connected to `peer_id` over libp2p. Raises `Unserved` when none of its addresses works, `Unavailable` without IPFS."""
     if peer_id in await node.peers():
         return
     own = [address for address in addresses if address.endswith(f"/p2p/{peer_id}")]
     # Without any address the DHT may still know one.
     tried = own[:_MULTIADDRS_TRIED] or [f"/p2p/{peer_id}"]
-    await first(node.connect(address, deadline_s=CONNECT_S) for address in tried)
+    late = losers or Losers()
+    try:
+        await first((node.connect(address, deadline_s=CONNECT_S) for address in tried), late)
+    finally:
+        if losers is None:
+            await late.close()

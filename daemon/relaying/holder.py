@@ -3,9 +3,13 @@ rung.
 
     a slot is     free -> asking a candidate -> held -> free
     free          nothing is wanted, or no candidate is left; looked at again at every change
-    asking        refused or gone: the candidate rests, twice as long each time, and the next one is
-                  asked at once
-    held          until the relay goes, or nothing is wanted any more
+    asking        refused, gone, or we could not be reached through it: the candidate rests, twice
+                  as long each time, and the next one is asked at once
+    held          from when we have rung ourselves through the relay, until it goes or nothing is
+                  wanted any more
+
+Anybody can offer to carry, and as many nodes as they like: whoever is not known to our owner is
+drawn by chance, so that nobody gets to be ours by how it is called or when it is heard.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from registry import ranges
 from registry.endpoints import MAX_RELAYS, relay_point
 from registry.envelope import key_name
 from registry.errors import Malformed
-from registry.records import Peer
+from registry.records import Address, Peer
 from registry.relaying import MAX_CODES
 
 _log = logging.getLogger(__name__)
@@ -50,8 +54,8 @@ class _Rest:
 
 
 class RelayHolder:
-    """Holds up to `relays` of `candidates()` (best first) while `wanted()`. `codes` are to be
-    announced by them.
+    """Holds up to `relays` of `candidates()` while `wanted()`: first those whose node keys are in
+    `joined()`, in their order, then others by chance. `codes` are to be announced by them.
 
     `streams_port` gives the port of our peer API that takes what comes through a relay; `http` is a
     `pipes.session()`. `on_change` is called when `points()` are others. Call `changed` when
@@ -67,6 +71,7 @@ class RelayHolder:
         http: aiohttp.ClientSession,
         supervisor: Supervisor,
         candidates: Callable[[], Sequence[Peer]],
+        joined: Callable[[], Collection[str]],
         codes: Callable[[], Collection[str]],
         wanted: Callable[[], bool],
         streams_port: Callable[[], int],
@@ -80,6 +85,7 @@ class RelayHolder:
         self._http = http
         self._supervisor = supervisor
         self._candidates = candidates
+        self._joined = joined
         self._codes = codes
         self._wanted = wanted
         self._streams_port = streams_port
@@ -151,30 +157,43 @@ class RelayHolder:
                     news=lambda: self._news,
                     streams_port=self._streams_port,
                 )
-                await holding.run(partial(self._note_held, peer))
+                await holding.run(partial(self._ring_ourselves, peer))
         finally:
             if self._held.pop(peer.node, None) is not None:
                 self._on_change()
 
-    def _note_held(self, peer: Peer) -> None:
+    async def _ring_ourselves(self, peer: Peer) -> None:
+        """A relay counts as held when a ping to us comes through it: it could agree and carry
+        nothing. Raises `SwarmError`.
+        """
+        point = _point(self._network, peer)
+        relays = () if point is None else (point,)
+        ourselves = Peer(self._node, None, Address(self._node, relays=relays), 0, 0)
+        async with self._ways.to(ourselves, via=peer.node):
+            pass  # it has answered
         self._held[peer.node] = peer
         self._rests.pop(peer.node, None)
         _log.info("%s carries for this node", peer.node[:16])
         self._on_change()
 
     def _next(self) -> Peer | None:
-        """The best candidate that is free and not resting."""
+        """A candidate that is free and not resting: a joined one, else any."""
         if not self._wanted():
             return None
         candidates = [peer for peer in self._candidates() if self._fits(peer)]
         known = {peer.node for peer in candidates}
         self._rests = {node: rest for node, rest in self._rests.items() if node in known}
         now = time.monotonic()
+        free: list[Peer] = []
+        joined = self._joined()
         for peer in candidates:
             rest = self._rests.get(peer.node)
-            if peer.node not in self._taken and (rest is None or rest.until <= now):
+            if peer.node in self._taken or (rest is not None and rest.until > now):
+                continue
+            if peer.node in joined:
                 return peer
-        return None
+            free.append(peer)
+        return random.choice(free) if free else None
 
     def _fits(self, peer: Peer) -> bool:
         return peer.node != self._node and _point(self._network, peer) is not None

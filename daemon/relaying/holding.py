@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import aiohttp
 from aiohttp import WSMsgType
@@ -66,12 +66,12 @@ class Holding:
         self._streams: set[asyncio.Task[None]] = set()
         self._calls = Buckets(rate=_CALLS_RATE, burst=_CALLS_BURST, clock=time.monotonic)
 
-    async def run(self, on_held: Callable[[], None]) -> None:
-        """Be carried for until this node wants it no more. `on_held` is called when the relay has
-        agreed.
+    async def run(self, on_agreed: Callable[[], Awaitable[None]]) -> None:
+        """Be carried for until this node wants it no more. `on_agreed` is run when the relay has
+        agreed, while calls are taken already.
 
         Raises `Busy` or `Unserved` when the relay refuses or goes, `VerificationError` when it does
-        not keep the protocol.
+        not keep the protocol, and what `on_agreed` raises.
         """
         async with connected(
             self._http,
@@ -83,8 +83,7 @@ class Holding:
         ) as ws:
             try:
                 await self._begin(ws)
-                on_held()
-                await self._stay(ws)
+                await self._stay(ws, on_agreed)
             except Malformed as error:
                 raise VerificationError("relay", str(error)) from error
             except OSError as error:
@@ -99,18 +98,24 @@ class Holding:
         except TimeoutError as error:
             raise Unserved("relay", f"it said nothing within {_ANSWER_S:g} s") from error
 
-    async def _stay(self, ws: aiohttp.ClientWebSocketResponse) -> None:
+    async def _stay(
+        self, ws: aiohttp.ClientWebSocketResponse, on_agreed: Callable[[], Awaitable[None]]
+    ) -> None:
         """Until the relay closes, which raises `Unserved`, or this node withdraws."""
+        first_call = asyncio.ensure_future(on_agreed())
         tasks = [
             asyncio.create_task(self._take_calls(ws)),
             asyncio.create_task(self._renew(ws)),
         ]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([first_call, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            if done == {first_call}:
+                first_call.result()
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            await ended([*tasks, *self._streams])
+            await ended([first_call, *tasks, *self._streams])
 
     async def _take_calls(self, ws: aiohttp.ClientWebSocketResponse) -> None:
         while True:

@@ -1,5 +1,9 @@
 """Ceilings of a relay: of those that it carries for, of those that ask through it, and of each
 stream.
+
+A holder is one connection to the peer API, and a stream is two: the asker's and that by which the
+holder takes it. All of them together leave the rest of the peer API two fifths of its connections
+(daemon/peerapi/limits.py), and all holders of one source fit into what one source may have there.
 """
 
 from __future__ import annotations
@@ -19,9 +23,9 @@ class RelayLimits:
     request_s: float = 5.0  # to send the first request
     heartbeat_s: float = 2.5  # a holder that is silent for one and a half of them is gone
 
-    streams: int = 256  # at the same time
+    streams: int = 120  # at the same time
     streams_per_asker: int = 8  # of one source
-    streams_per_holder: int = 32
+    streams_per_holder: int = 12
     take_s: float = 5.0  # for the holder to take a call
     rate: float = 1 << 20  # of all streams of one source, both directions
     burst: float = 4 << 20

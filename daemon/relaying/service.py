@@ -21,6 +21,7 @@ from aiohttp import web
 
 from daemon.buckets import Buckets
 from daemon.errors import NotFound, Refused, Unserved, UsageError
+from daemon.peerapi.kinds import BYTES, MESSAGES
 from daemon.peerapi.limits import Places
 from daemon.peerapi.server import Route, source_of
 from daemon.relaying import wire
@@ -160,7 +161,7 @@ class RelayService:
     async def _to(self, request: web.Request) -> web.StreamResponse:
         """Somebody asks for a stream to a node that is held."""
         source = self._willing(request)
-        ceilings = self._ceilings(request.query.get("kind", wire.MESSAGES))
+        ceilings = self._ceilings(request.query.get("kind", MESSAGES))
         ws = new_socket(request, limit=wire.MESSAGE_LIMIT)
         async with self.call("ed25519:" + request.match_info["node"], source) as (holder, over):
             await ws.prepare(request)
@@ -201,9 +202,9 @@ class RelayService:
 
     def _ceilings(self, kind: str) -> Ceilings:
         limits = self._limits
-        if kind == wire.MESSAGES:
+        if kind == MESSAGES:
             return Ceilings(limits.stream_bytes, limits.stream_s, limits.idle_s)
-        if kind != wire.BYTES:
+        if kind != BYTES:
             raise UsageError("relay", "there is no such kind of stream")
         if not self._bulk():
             raise Refused("relay", "this node carries no model bytes", "ask another node")

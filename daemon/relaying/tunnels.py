@@ -13,11 +13,11 @@ import aiohttp
 
 from daemon.errors import NotFound, SwarmError, Unserved
 from daemon.listening import listening
+from daemon.peerapi.kinds import MESSAGES, Kind
 from daemon.peerapi.ways import Way
 from daemon.relaying import wire
 from daemon.relaying.pipes import WebSocket, connected, ended, pipe
 from daemon.relaying.service import RelayService
-from daemon.relaying.wire import Kind
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class RelayTunnels:
 
     @asynccontextmanager
     async def through(
-        self, relay: Way, node: str, *, kind: Kind = wire.MESSAGES
+        self, relay: Way, node: str, *, kind: Kind = MESSAGES
     ) -> AsyncIterator[str]:
         """A base URL on loopback that leads through the peer API of `relay` to that of `node`.
 

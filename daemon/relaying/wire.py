@@ -23,7 +23,7 @@ carried ends with it.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from registry import strictjson
 from registry.errors import Malformed
@@ -32,10 +32,6 @@ from registry.relaying import SECRET
 HOLD_PATH = "/swarm/1/relay/hold"
 TO_PATH = "/swarm/1/relay/to/"
 TAKE_PATH = "/swarm/1/relay/take/"
-
-Kind = Literal["messages", "bytes"]  # bytes: of models, which few relays carry
-MESSAGES: Kind = "messages"
-BYTES: Kind = "bytes"
 
 NOTE_LIMIT = 1 << 10  # bytes of a message of the relay to a holder
 CHUNK = 32 << 10  # bytes that one message of a stream is made of

@@ -41,6 +41,10 @@ class Handle(Protocol):
 
     def add_piece(self, index: int, data: bytes) -> None: ...
 
+    def is_right(self, index: int, data: bytes) -> bool:
+        """Whether `data` is piece `index`, by its v1 hash. On any thread."""
+        ...
+
     def want(self, pieces: Iterable[int], wanted: bool) -> None: ...
 
     def flush(self) -> None: ...
@@ -144,8 +148,13 @@ class Download:
         self._raise_if_over()
         if not 0 <= index < self.pieces or len(data) != self.piece_size(index):
             return False
+        # libtorrent hashes it again, but by then a wrong piece may lie on disk.
+        right = await asyncio.to_thread(self._handle.is_right, index, data)
+        self._raise_if_over()
         if index not in self._missing:
             return True
+        if not right:
+            return False
         passed = self._future()
         self._puts[index].append(passed)
         self._handle.add_piece(index, data)

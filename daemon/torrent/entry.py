@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,10 @@ class Torrent:
     def connect(self, peers: Iterable[tuple[str, int]]) -> None:
         for peer in network.addresses(peers):
             self.handle.connect_peer(peer)
+
+    def is_right(self, index: int, data: bytes) -> bool:
+        expected: bytes = self.handle.torrent_file().hash_for_piece(index)
+        return hashlib.sha1(data, usedforsecurity=False).digest() == expected
 
     def add_piece(self, index: int, data: bytes) -> None:
         self.handle.add_piece(index, data, 0)

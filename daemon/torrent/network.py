@@ -33,9 +33,17 @@ def local() -> list[Range]:
     return ranges(_PRIVATE)
 
 
-def allowed(network: Network) -> list[Range]:
-    """The addresses that a session of this network may talk to."""
-    return ranges({"loopback": _LOOPBACK, "lan": _PRIVATE, "public": _EVERYWHERE}[network])
+def rules(network: Network, nearby: Iterable[str]) -> list[tuple[str, str, bool]]:
+    """Whether a session of this network may talk to an address: (first, last, allowed), the later ones count more.
+
+    In the public network anybody can name a private address on the DHT, so only those of our own LANs, `nearby`, are spoken to.
+    """
+    inside = {"loopback": _LOOPBACK, "lan": _PRIVATE, "public": _EVERYWHERE}[network]
+    outside = _PRIVATE if network == "public" else ()
+    said = [(_EVERYWHERE, False), (inside, True), (outside, False), (nearby, True)]
+    return [
+        (first, last, may) for networks, may in said for first, last in ranges(networks)
+    ]
 
 
 def interfaces(network: Network, port: int) -> str:

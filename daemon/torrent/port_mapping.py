@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import libtorrent as lt
@@ -16,6 +16,7 @@ class PortMapping:
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
+        self.on_change: Callable[[], None] = lambda: None  # a router has agreed, or does no more
         self._session: Any = None
         self._wanted: int | None = None
         self._asked: set[int] = (
@@ -55,9 +56,11 @@ class PortMapping:
     def on_mapped(self, request: int, way: Hashable, port: int) -> None:
         if request in self._asked:
             self._external[way] = port
+            self.on_change()
             log.info("the router forwards port %d to %d", port, self._wanted)
 
     def on_failed(self, request: int, way: Hashable, why: str) -> None:
         if request in self._asked:
-            self._external.pop(way, None)
+            if self._external.pop(way, None) is not None:
+                self.on_change()
             log.debug("port %d is not forwarded: %s", self._wanted, why)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 
 from daemon.torrent import network
@@ -28,8 +28,16 @@ class Search:
         self._news = asyncio.Event()
 
     def add(self, reply: Sequence[Peer]) -> None:
-        """What one DHT node answered: a random part of it where it is long."""
-        usable = network.addresses(reply)
+        """What one DHT node answered: a random part of it where it is long.
+
+        Each address has its share before chance decides, so that one host with hundreds of ports pushes nobody out.
+        """
+        shares: Counter[str] = Counter()
+        usable: list[Peer] = []
+        for peer in network.addresses(reply):
+            shares[peer[0]] += 1
+            if shares[peer[0]] <= _MAX_PER_ADDRESS:
+                usable.append(peer)
         for peer in random.sample(usable, min(len(usable), _MAX_PER_REPLY)):
             if len(self._found) >= MAX_FOUND:
                 self.end()
@@ -54,11 +62,12 @@ class Search:
                 return None
         return self._waiting.popleft()
 
-    def _take(self, peer: Peer) -> None:
+    def _take(self, peer: Peer) -> bool:
         ports = self._per_address.get(peer[0], 0)
         if peer in self._found or ports >= _MAX_PER_ADDRESS:
-            return
+            return False
         self._per_address[peer[0]] = ports + 1
         self._found.add(peer)
         self._waiting.append(peer)
         self._news.set()
+        return True

@@ -44,6 +44,7 @@ class TorrentSession:
     """All torrents of this node. `port` is the TCP port that peers connect to. Rates are bytes per second, 0 is no limit.
 
     `dht_bootstrap` is (host, port) of DHT nodes to begin with, `dht_state` the file in which good ones are remembered.
+    `nearby` are the private networks that this machine is in: a `public` session speaks to no other private address.
     `overrides` are libtorrent settings that win over those of `network`: several `public` nodes on one address, as tests
     have them, need other ones.
     """
@@ -57,6 +58,7 @@ class TorrentSession:
         upload_rate: int = 0,
         dht_bootstrap: Sequence[tuple[str, int]] = (),
         dht_state: Path | None = None,
+        nearby: Sequence[str] = (),
         overrides: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._network: Network = network
@@ -65,6 +67,7 @@ class TorrentSession:
         self._announcing = Announcing()
         self._magnets = Magnets(self)
         self._small = SmallObjects(self)
+        self._nearby = nearby
         self._overrides = overrides
         self._wanted_port = port
         self._rates = {"download_rate": download_rate, "upload_rate": upload_rate}
@@ -120,10 +123,8 @@ class TorrentSession:
         params.settings = settings | dict(self._overrides)
         session = lt.session(params)
         allowed = lt.ip_filter()
-        for first, last in network.everywhere():
-            allowed.add_rule(first, last, 1)
-        for first, last in network.allowed(self._network):
-            allowed.add_rule(first, last, 0)
+        for first, last, may in network.rules(self._network, self._nearby):
+            allowed.add_rule(first, last, 0 if may else 1)
         session.set_ip_filter(allowed)
         # libtorrent exempts local peers from rate limits by leaving them out of the global class. Here they are in both:
         # in the global one for its limits, in the local one because it need not wait to be unchoked.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from daemon.errors import Busy, Declined, SwarmError, Unavailable, Unserved, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.torrent.download import Download
-from daemon.transfer.ranges import HolderReader, Holders
+from daemon.transfer.holders import HolderReader, Holders, Turns
 from daemon.transfer.sources import PieceSink, RangeSource, RateLimit, unwrap
 from daemon.transfer.transfers import Transfer
 from registry.records import Peer
@@ -27,9 +27,10 @@ _HEAD_START_S = 3.0  # of IPFS before BitTorrent is thought of
 _SHORT_S = 10.0  # what IPFS alone may still take without BitTorrent's help
 _PATIENCE = 6  # stall times that a slow IPFS range may be silent before it is given back
 _CONNECT_S = 3.0
-_HOPELESS_S = 20.0  # without a byte, where no holder can be dialled and no relay carries bytes of models
+_HOPELESS_S = 15.0  # that no holder can be dialled, and no relay carries bytes of models, until a pull ends
 _HOLDER_AGAIN_S = 3.0  # between two tries to reach holders over their peer API
 _HOLDER_WORKERS = 2
+_HOLDER_RANGE = 4 << 20  # bytes; what a relay has begun to carry it carries to the end of a range
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,11 @@ class Fetch:
         self._started = time.monotonic()
         self._last_ipfs = self._last_any = self._last_near = self._started
         self._ipfs_bytes = self._from_peers = 0
-        self._declined = False  # all holders are known to be behind relays that carry no bytes of models
+        self._claimed: set[int] = set()  # pieces that IPFS or a holder is bringing
+        self._ipfs_run: asyncio.Task[None] | None = None
+        self._from_holder_now: set[int] = set()  # those of them that a holder is bringing
+        # Since when all holders are known to be behind relays that carry no bytes of models.
+        self._declined_at: float | None = None
 
     async def run(self) -> None:
         self._transfer.sources["disk"] = self._here()
@@ -123,11 +128,12 @@ class Fetch:
                 self._sources.limit,
                 self._from_ipfs,
                 stall_s=_PATIENCE * self._sources.patience.stall,
+                claimed=self._claimed,
             )
             before = self._ipfs_bytes
             try:
                 await self._connect(node)
-                await source.run()
+                await self._until_given_back(source)
             except (Unserved, Unavailable) as error:
                 log.info("IPFS does not deliver %s: %s", cid, error)
                 self._join.set()
@@ -137,6 +143,17 @@ class Fetch:
         if not self._sink.missing():
             self._whole.set()
         self._join.set()
+
+    async def _until_given_back(self, source: RangeSource) -> None:
+        """Run the source of IPFS, which ends early when others take over what it does not bring."""
+        self._ipfs_run = run = asyncio.create_task(source.run())
+        try:
+            await asyncio.wait({run})
+        finally:
+            run.cancel()
+            await asyncio.wait({run})
+        if not run.cancelled():
+            run.result()
 
     async def _connect(self, node: IpfsNode) -> None:
         """Bring IPFS to the nodes that are known to have the file; without a DHT nothing else would."""
@@ -155,7 +172,7 @@ class Fetch:
     async def _draw_from_holders(self) -> None:
         """Over the peer API of holders, while neither IPFS nor BitTorrent brings anything."""
         cid = self._wanted.cid
-        turns = _Turns(self._wanted.holders)
+        turns = Turns(self._wanted.holders)
         while cid is not None and self._wanted.checked:
             wait = self._last_near + self._sources.patience.stall - time.monotonic()
             if wait > 0:
@@ -163,16 +180,24 @@ class Fetch:
                 continue
             try:
                 async with self._sources.holders.reader(turns.next()) as reader:
-                    self._declined = False
+                    self._declined_at = None
                     await self._draw_from_holder(reader, cid, turns)
             except (Unserved, Busy) as error:
                 log.info("no holder of %s is reached over its peer API: %s", cid, error)
-                self._declined = isinstance(error, Declined)
+                if not (isinstance(error, Declined) and turns.everybody):
+                    self._declined_at = None
+                elif self._declined_at is None:
+                    self._declined_at = time.monotonic()
             await asyncio.sleep(_HOLDER_AGAIN_S)
 
-    async def _draw_from_holder(self, reader: HolderReader, cid: str, turns: _Turns) -> None:
+    async def _draw_from_holder(self, reader: HolderReader, cid: str, turns: Turns) -> None:
+        if self._ipfs_run is not None:
+            self._ipfs_run.cancel()  # it is silent: what it waits for is free again
+            await asyncio.wait({self._ipfs_run})
+        source = self._range_source(reader, cid)
+        self._from_holder_now = source.claims
         try:
-            await self._range_source(reader, cid).run()
+            await source.run()
         except Unserved as error:
             log.info("a holder does not deliver %s: %s", cid, error)
             turns.pass_over(reader.node)
@@ -189,8 +214,10 @@ class Fetch:
             self._sink,
             self._sources.limit,
             self._from_holder,
-            stall_s=_PATIENCE * patience.stall,
+            stall_s=2 * patience.stall,
+            claimed=self._claimed,
             workers=_HOLDER_WORKERS,
+            range_size=_HOLDER_RANGE,
             go_on=lambda: time.monotonic() - self._last_near > patience.stall,
         )
 
@@ -227,8 +254,9 @@ class Fetch:
 
     def _raise_if_hopeless(self, now: float) -> None:
         """Nothing can come where only relays lead to the holders and none of them carries bytes of models."""
-        silent_s = now - self._last_any
-        if self._declined and self._transfer.peers == 0 and silent_s > _HOPELESS_S:
+        if self._declined_at is None or self._transfer.peers > 0:
+            return
+        if now - max(self._last_any, self._declined_at) > _HOPELESS_S:
             raise Unserved(
                 self._wanted.what,
                 "no holder can be dialled, and no relay carries model bytes",
@@ -250,7 +278,8 @@ class Fetch:
     def _end_game(self) -> None:
         """What IPFS has taken on and does not bring may come from BitTorrent too."""
         if self._sources.ipfs() is None or time.monotonic() - self._last_ipfs > self._sources.patience.stall:
-            self._sink.include(self._sink.missing())
+            free = (piece for piece in self._sink.missing() if piece not in self._from_holder_now)
+            self._sink.include(list(free))
 
     def _here(self) -> int:
         return self._wanted.size - sum(self._sink.piece_size(piece) for piece in self._sink.missing())
@@ -268,26 +297,3 @@ class Fetch:
         if self._download.received_from_peers > self._from_peers:
             self._from_peers = self._download.received_from_peers
             self._last_near = time.monotonic()
-
-
-class _Turns:
-    """Which holders are asked next: one that failed waits until all the others had their turn, a liar for ever."""
-
-    def __init__(self, holders: Callable[[], Sequence[Peer]]) -> None:
-        self._holders = holders
-        self._passed_over: set[str] = set()
-        self._struck: set[str] = set()
-
-    def next(self) -> list[Peer]:
-        honest = [one for one in self._holders() if one.node not in self._struck]
-        fresh = [one for one in honest if one.node not in self._passed_over]
-        if fresh:
-            return fresh
-        self._passed_over.clear()
-        return honest
-
-    def pass_over(self, node: str) -> None:
-        self._passed_over.add(node)
-
-    def strike(self, node: str) -> None:
-        self._struck.add(node)

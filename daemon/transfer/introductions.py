@@ -2,7 +2,12 @@
 
 Who wants a torrent asks its holder, over whatever way there is to it, to connect to the address at which the asker is seen; and is
 told the holder's. Both dial at the same time: a holder behind a NAT reaches an asker that can be dialled, and two homes get through
-routers that keep the port. Nothing is promised: an address that is wrong costs its holder one connection attempt.
+routers that keep the port.
+
+- Only who has the torrent answers, so nobody is told where a home is who does not want a model from it. Who asks through a relay
+  learns the holder's address all the same: that is what it asks for (`swarmctl privacy`).
+- Whose address is seen can name that one alone. Who comes through libp2p or a relay can name another, which costs its owner a
+  connection attempt; a source has few of them.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from aiohttp import web
 
 from daemon.buckets import Buckets
 from daemon.config import Network, host_port
-from daemon.errors import Busy, SwarmError, Unserved, UsageError, VerificationError
+from daemon.errors import Busy, NotFound, SwarmError, Unserved, UsageError, VerificationError
 from daemon.membership import Membership
 from daemon.network import host_port as joined
 from daemon.peerapi.reading import read_at_most
@@ -46,6 +51,7 @@ class Torrents(Protocol):
     """What is needed of daemon/torrent/session.py."""
 
     def meet(self, infohash: str, peers: Sequence[tuple[str, int]]) -> None: ...
+    def known(self, infohash: str) -> object | None: ...
 
 
 class Introductions:
@@ -75,11 +81,16 @@ class Introductions:
         return [Route("POST", PATH, self._answer)]
 
     async def _answer(self, request: web.Request) -> web.Response:
-        if not self._rate.take(source_of(request)):
+        source = source_of(request)
+        if not self._rate.take(source):
             raise Busy("introductions", "they come too fast", "slow down")
         kind = self._membership.media_type("application/json")
         limit = _LIMIT + self._membership.overhead
         infohash, peers = self._parse(await read_body(request, limit, kind), _BROUGHT)
+        if self._torrents.known(infohash) is None:
+            raise NotFound("torrent", "this node does not have it")
+        if ranges.is_address(source):
+            peers = [peer for peer in peers if peer[0] == source]
         self._torrents.meet(infohash, peers)
         body = self._body(infohash, _GIVEN)
         return web.Response(body=body, content_type=kind)

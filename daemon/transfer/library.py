@@ -13,10 +13,10 @@ from collections.abc import Callable, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from daemon.engine import gguf
-from daemon.errors import Ambiguous, NotFound, Refused, SwarmError, UsageError
+from daemon.errors import Ambiguous, NotFound, Refused, SwarmError, UsageError, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.ledger import LedgerThread
 from daemon.transfer import manifests
@@ -29,13 +29,30 @@ from daemon.trust import TrustBook
 from daemon.waiting import KeyLocks, stoppable
 from registry import codes, manifest, refs
 from registry.errors import Malformed
-from registry.records import GgufFacts, Model, Trust
+from registry.records import GgufFacts, Identity, Model, Trust
 from registry.store import Ledger
 
 log = logging.getLogger(__name__)
 
 Arrival = Callable[[Record, bytes, threading.Event], Record]  # how a file enters: `Store.adopt`, `accept` or `keep`
 _CHANGED = "the file changed on disk since it entered the store"
+
+
+class Promised(Protocol):
+    """A verified manifest: a `Plan` of resolve.py."""
+
+    @property
+    def identity(self) -> Identity | None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def envelope(self) -> str | None: ...
+    @property
+    def manifest(self) -> str | None: ...
+    @property
+    def signed_by(self) -> str | None: ...
+    @property
+    def source(self) -> str | None: ...
 
 
 class Library:
@@ -209,6 +226,32 @@ class Library:
         notes = await self._hold(identified, record)
         self._on_change()
         return record.model, notes
+
+    async def sign(self, model: Model, promised: Promised) -> Model:
+        """Record the verified manifest of a model that was unsigned until now."""
+        blake3 = model.identity.blake3
+        if promised.identity != model.identity or promised.envelope is None:
+            raise VerificationError(model.name, "its manifest speaks of other bytes")
+        async with self._changing(blake3):
+            known = self.current(model)
+            if known.signed_by is not None or known.quarantined is not None:
+                return known
+            signed = replace(
+                known,
+                name=promised.name,
+                manifest=promised.manifest,
+                signed_by=promised.signed_by,
+                source=promised.source,
+            )
+            record = Record(signed, promised.envelope)
+            await asyncio.to_thread(self._store.write_record, record)
+            self._records[blake3] = record
+            await self._ledger.call(Ledger.save_model, signed)
+            if signed.signed_by is not None:
+                await self._trust.remember(signed.signed_by, signed.name)
+            await self._seeding.hold(record, [])
+        self._on_change()
+        return signed
 
     async def keep_pinned(self, node: IpfsNode, *, own: bool, others: Set[str] = frozenset()) -> None:
         """Pin what is here and IPFS has not; where the node is our `own`, unpin what it has and is not here any more.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -16,8 +15,9 @@ from daemon.buckets import Buckets
 from daemon.errors import Busy, NotFound, SwarmError, Unserved, UsageError, VerificationError
 from daemon.ipfs.interface import IpfsNode
 from daemon.membership import Membership
-from daemon.peerapi.limits import Limits
+from daemon.peerapi.limits import Limits, Places
 from daemon.peerapi.reading import read_at_most
+from daemon.peerapi.sending import send
 from daemon.peerapi.server import Route, source_of
 from daemon.peerapi.ways import Ways
 from registry.cid import UnixfsHasher, parse_cid
@@ -125,6 +125,8 @@ class ObjectServer:
         self._membership = membership
         limits = limits or Limits()
         self._read = read
+        self._idle_s = limits.idle_s
+        self._places = Places("object", limits.objects, limits.objects_per_source)
         self._rate = Buckets(
             rate=limits.object_rate, burst=limits.object_burst, clock=time.monotonic
         )
@@ -132,15 +134,19 @@ class ObjectServer:
     def routes(self) -> Sequence[Route]:
         return [Route("GET", _PATH + "{cid}", self._give)]
 
-    async def _give(self, request: web.Request) -> web.Response:
-        if not self._rate.take(source_of(request)):
+    async def _give(self, request: web.Request) -> web.StreamResponse:
+        source = source_of(request)
+        if not self._rate.take(source):
             raise Busy("object", "requests come too fast", "slow down")
         try:
             cid = parse_cid(request.match_info["cid"]).canonical
         except Malformed as error:
             raise UsageError("object", str(error)) from error
-        data = await self._read(cid)
-        if data is None or len(data) > TORRENT_LIMIT:
-            raise NotFound("object", "this node does not have it")
-        sealed = io.BytesIO(self._membership.seal(data, _SEALED))
-        return web.Response(body=sealed, content_type="application/octet-stream")
+        with self._places.take(source):
+            data = await self._read(cid)
+            if data is None or len(data) > TORRENT_LIMIT:
+                raise NotFound("object", "this node does not have it")
+            response = web.StreamResponse()
+            response.content_type = "application/octet-stream"
+            body = self._membership.seal(data, _SEALED)
+            return await send(request, response, body, idle_s=self._idle_s)

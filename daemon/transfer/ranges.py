@@ -11,39 +11,27 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
 from aiohttp import web
 
 from daemon.buckets import Buckets
-from daemon.errors import (
-    Declined,
-    NotFound,
-    SwarmError,
-    Unserved,
-    UsageError,
-    VerificationError,
-)
+from daemon.errors import NotFound, UsageError
 from daemon.membership import Membership
 from daemon.peerapi.limits import Places
+from daemon.peerapi.sending import send
 from daemon.peerapi.server import Route, source_of
-from daemon.peerapi.ways import Way, Ways, first
 from daemon.transfer.sources import RateLimit
 from daemon.transfer.store import disk_errors
 from registry.cid import parse_cid
-from registry.errors import Malformed, NotVerified
-from registry.records import Peer
+from registry.errors import Malformed
 
 RANGE_LIMIT = 2 << 20  # bytes of one request; they are in memory while they are sent
-_PATH = "/swarm/1/bytes/"
-_SEALED = "bytes"  # what is sealed
+PATH = "/swarm/1/bytes/"
+SEALED = "bytes"  # what is sealed
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
-_CHUNK = 64 << 10
-_HOLDERS = 8  # that are tried at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +66,7 @@ class RangeServer:
         self._bytes = Buckets(rate=limits.rate, burst=limits.burst, clock=time.monotonic)
 
     def routes(self) -> Sequence[Route]:
-        return [Route("GET", _PATH + "{cid}", self._give)]
+        return [Route("GET", PATH + "{cid}", self._give)]
 
     async def _give(self, request: web.Request) -> web.StreamResponse:
         source = source_of(request)
@@ -91,30 +79,21 @@ class RangeServer:
             if path is None:
                 raise NotFound("bytes", "this node does not have it")
             start, data, size = await asyncio.to_thread(_read, path, _wanted(request))
-            await self._limit.take(len(data))
-            await asyncio.sleep(self._bytes.owe(source, len(data)))
-            return await self._send(request, start, data, size)
+            return await self._send(request, source, start, data, size)
 
     async def _send(
-        self, request: web.Request, start: int, data: bytes, size: int
+        self, request: web.Request, source: str, start: int, data: bytes, size: int
     ) -> web.StreamResponse:
-        body = memoryview(self._membership.seal(data, _SEALED))
         response = web.StreamResponse(status=206)
         response.content_type = "application/octet-stream"
-        response.content_length = len(body)
         response.headers["Content-Range"] = f"bytes {start}-{start + len(data) - 1}/{size}"
-        try:
-            async with asyncio.timeout(self._idle_s) as deadline:
-                await response.prepare(request)
-                for at in range(0, len(body), _CHUNK):
-                    await response.write(body[at : at + _CHUNK])
-                    deadline.reschedule(asyncio.get_running_loop().time() + self._idle_s)
-                await response.write_eof()
-        except TimeoutError:
-            # The header is out: nothing can be said any more.
-            if request.transport is not None:
-                request.transport.abort()
-        return response
+
+        async def pace(amount: int) -> None:
+            await self._limit.take(amount)
+            await asyncio.sleep(self._bytes.owe(source, amount))
+
+        body = self._membership.seal(data, SEALED)
+        return await send(request, response, body, idle_s=self._idle_s, pace=pace)
 
 
 def _wanted(request: web.Request) -> tuple[int, int]:
@@ -141,91 +120,3 @@ def _read(path: Path, wanted: tuple[int, int]) -> tuple[int, bytes, int]:
     if len(data) != last - start + 1:
         raise NotFound("bytes", "the file has become shorter")
     return start, data, size
-
-
-class HolderReader:
-    """Reads from the peer API of one holder over a way that is open. A `RangeReader`, which keeps no copies."""
-
-    def __init__(
-        self, node: str, way: Way, session: aiohttp.ClientSession, membership: Membership
-    ) -> None:
-        self.node = node
-        self._way = way
-        self._session = session
-        self._membership = membership
-
-    async def leaves(self, cid: str, *, deadline_s: float) -> list[str]:
-        return []
-
-    async def drop_blocks(self, cids: Sequence[str]) -> None:
-        """There are none."""
-
-    async def read_range(
-        self, cid: str, offset: int, length: int, *, stall_s: float
-    ) -> AsyncIterator[bytes]:
-        end = offset + length
-        for start in range(offset, end, RANGE_LIMIT):
-            yield await self._ask(cid, start, min(RANGE_LIMIT, end - start), stall_s)
-
-    async def _ask(self, cid: str, start: int, length: int, stall_s: float) -> bytes:
-        sealed_length = length + self._membership.overhead
-        headers = {**self._way.headers, "Range": f"bytes={start}-{start + length - 1}"}
-        try:
-            async with self._session.get(
-                self._way.url + _PATH + cid,
-                headers=headers,
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=stall_s, sock_read=stall_s),
-            ) as response:
-                if response.status != 206 or response.content_length != sealed_length:
-                    raise Unserved(cid, f"a holder answered {response.status}")
-                data = await response.content.readexactly(sealed_length)
-        except (aiohttp.ClientError, asyncio.IncompleteReadError, TimeoutError) as error:
-            raise Unserved(cid, "a holder did not give all of it") from error
-        try:
-            opened = self._membership.open(data, _SEALED, limit=length)
-        except (Malformed, NotVerified) as error:
-            raise VerificationError(cid, str(error)) from error
-        if len(opened) != length:
-            raise VerificationError(cid, "a holder gave another number of bytes")
-        return opened
-
-
-class Holders:
-    """Ways to the bytes of models at the nodes that announce them."""
-
-    def __init__(
-        self, ways: Ways, session: aiohttp.ClientSession, membership: Membership
-    ) -> None:
-        self._ways = ways
-        self._session = session
-        self._membership = membership
-
-    @asynccontextmanager
-    async def reader(self, holders: Sequence[Peer]) -> AsyncIterator[HolderReader]:
-        """Reads from the holder that is reached first; those heard of last are tried first.
-
-        Raises `Declined` when every one of them is reached through relays only, and none of these carries bytes of models,
-        `Unserved` when none is reached now.
-        """
-        failures: list[SwarmError] = []
-
-        async def attempt(holder: Peer) -> tuple[AsyncExitStack, Way]:
-            try:
-                async with AsyncExitStack() as stack:
-                    way = await stack.enter_async_context(self._ways.to(holder, bulk=True))
-                    return stack.pop_all(), way
-            except SwarmError as error:
-                failures.append(error)
-                raise
-
-        tried = sorted(holders, key=lambda holder: -holder.expires)[:_HOLDERS]
-        if not tried:
-            raise Unserved("bytes", "nobody is known to have it")
-        try:
-            stack, way = await first(attempt(holder) for holder in tried)
-        except SwarmError as error:
-            everywhere = all(isinstance(one, Declined) for one in failures)
-            raise (Declined if everywhere else Unserved)("bytes", error.why) from error
-        async with stack:
-            yield HolderReader(way.node, way, self._session, self._membership)

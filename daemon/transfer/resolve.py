@@ -25,12 +25,12 @@ from daemon.transfer.objects import MANIFEST_LIMIT, TORRENT_LIMIT, Objects, obje
 from daemon.trust import TrustBook
 from registry import codes, envelope, manifest, refs, routing, upstream
 from registry.errors import Malformed, NotVerified
-from registry.records import Identity, Offer, Peer, Trust
+from registry.records import Identity, Model, Offer, Peer, Trust
 
 log = logging.getLogger(__name__)
 
 _GOSSIP_WAIT_S = 3.0  # how long an unknown code may take to be announced
-_LOOK_S = 0.1
+_LOOK_S = 0.25
 _MANIFESTS = 16  # of one model that are looked at, those that most nodes name first
 _STANDING: tuple[Trust, ...] = ("trusted", "pinned", "unknown", "MISMATCH", "blocked")
 _CID_DEADLINE_S = 30.0  # how long IPFS may look for a bare CID
@@ -71,6 +71,11 @@ class Announced(Protocol):
     """What other nodes announce."""
 
     def offers(self) -> Sequence[Offer]: ...
+
+    def offers_about(self, wanted: str) -> Sequence[Offer]:
+        """At least those of `offers()` that the reference `wanted` can mean, found without looking at all of them."""
+        ...
+
     def peer(self, node: str) -> Peer | None: ...
 
 
@@ -151,7 +156,7 @@ class Resolver:
         """The offers that match, once there are any; looked for where nobody has announced one in a moment."""
 
         def matching() -> list[Offer]:
-            return [offer for offer in self._peers.offers() if matches(offer)]
+            return [offer for offer in self._peers.offers_about(text) if matches(offer)]
 
         if not matching():
             deadline = time.monotonic() + _GOSSIP_WAIT_S
@@ -218,6 +223,16 @@ class Resolver:
             "try again when its publisher is online",
         )
 
+    def manifests_of(self, model: Model) -> frozenset[str]:
+        """The CIDs of the manifests that others announce for these bytes."""
+        return frozenset(offer.manifest for offer in self._offers_of(_plan_of(model)) if offer.manifest)
+
+    async def vouched(self, model: Model) -> Plan:
+        """What the best of these manifests says. Raises as `believe`, and `VerificationError` when nobody gives one."""
+        plan = _plan_of(model)
+        plan = replace(plan, holders=self.holders_of(plan))
+        return await self._with_manifest([replace(plan, manifest=cid) for cid in self.manifests_of(model)])
+
     async def _signed(self, plan: Plan) -> Plan:
         cid = str(plan.manifest)
         return self.believe(plan, cid, await self._objects.get(cid, plan.holders, limit=MANIFEST_LIMIT))
@@ -250,7 +265,8 @@ class Resolver:
     # -- bare CIDs and magnets --------------------------------------------------------------------------------------
 
     async def _from_cid(self, text: str, cid: str) -> Plan:
-        offers = [offer for offer in self._peers.offers() if cid in (offer.cid, offer.manifest)]
+        about = self._peers.offers_about(cid)
+        offers = [offer for offer in about if cid in (offer.cid, offer.manifest)]
         if offers:
             return await self._from_offers(text, offers)
         node = self._ipfs()
@@ -278,7 +294,7 @@ class Resolver:
                 (magnet.infohash and offer.infohash == magnet.infohash) or (magnet.infohash_v2 and offer.infohash_v2 == magnet.infohash_v2)
             )
 
-        offers = [offer for offer in self._peers.offers() if same(offer)]
+        offers = [offer for offer in self._peers.offers_about(text) if same(offer)]
         if not offers and self._torrents is None:
             # BitTorrent, which would ask others for the rest, is off: only who announces it can tell what it is.
             offers = await self._heard_of(text, same)
@@ -391,6 +407,18 @@ def check_torrent(plan: Plan, torrent: bytes) -> bytes:
     if any(expected is not None and found != expected for found, expected in promised):
         raise VerificationError(plan.name or plan.ref, "its torrent is of other bytes than promised", "try another source")
     return torrent
+
+
+def _plan_of(model: Model) -> Plan:
+    identity = model.identity
+    return Plan(
+        ref=identity.cid,
+        name=model.name,
+        size=identity.size,
+        cid=identity.cid,
+        infohash=identity.infohash,
+        infohash_v2=identity.infohash_v2,
+    )
 
 
 def _claim(offer: Offer) -> tuple[str | None, ...]:

@@ -147,7 +147,8 @@ class RateLimit:
 class RangeSource:
     """Draws the missing pieces of a file through a reader, whose copies of them are dropped as the file grows.
 
-    `on_bytes` is told of each piece that it brought. It takes on no more ranges once `go_on` says no.
+    `on_bytes` is told of each piece that it brought. `claimed` are the pieces that are on their way, shared with other sources of
+    the same sink, so that no two bring one. It takes on no more ranges, of at most `range_size` bytes, once `go_on` says no.
     """
 
     def __init__(
@@ -160,7 +161,9 @@ class RangeSource:
         on_bytes: Callable[[int], None],
         *,
         stall_s: float,
+        claimed: set[int] | None = None,
         workers: int = _WORKERS,
+        range_size: int = _RANGE,
         go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         self._reader = reader
@@ -171,9 +174,11 @@ class RangeSource:
         self._on_bytes = on_bytes
         self._stall_s = stall_s
         self._workers = workers
+        self._range_size = range_size
         self._go_on = go_on
         self._leaves: list[str] = []
-        self._in_flight: set[int] = set()
+        self._claimed: set[int] = set() if claimed is None else claimed
+        self.claims: set[int] = set()  # those of it that are ours
         self._to_drop: list[str] = []
 
     async def run(self) -> None:
@@ -192,18 +197,20 @@ class RangeSource:
 
     async def _work(self) -> None:
         while self._go_on() and (pieces := self._next_run()):
-            self._in_flight.update(pieces)
+            self._claimed.update(pieces)
+            self.claims.update(pieces)
             self._sink.exclude(pieces)
             try:
                 await self._fetch(pieces)
             finally:
-                self._in_flight.difference_update(pieces)
+                self._claimed.difference_update(pieces)
+                self.claims.difference_update(pieces)
                 self._sink.include(pieces)
 
     def _next_run(self) -> list[int]:
         """The next missing pieces that lie together, at most one range of them."""
-        most = max(1, _RANGE // self._sink.piece_length)
-        free = (piece for piece in self._sink.missing() if piece not in self._in_flight)
+        most = max(1, self._range_size // self._sink.piece_length)
+        free = (piece for piece in self._sink.missing() if piece not in self._claimed)
         return next(_runs(free, most), [])
 
     async def _fetch(self, pieces: Sequence[int]) -> None:

@@ -28,10 +28,11 @@ _LAST_CHUNK = b"0\r\n\r\n"
 
 class LiarRelay:
     """Holds one node and takes its word for who it is. `lie` None passes everything on; `asked` is
-    what came of each asker.
+    what came of each asker. With `carries` False it agrees to everything and carries nothing.
     """
 
-    def __init__(self, lie: Lie | None = None) -> None:
+    def __init__(self, lie: Lie | None = None, *, carries: bool = True) -> None:
+        self.carries = carries
         self.key = key_name(Ed25519PrivateKey.generate())
         self.lie = lie
         self.peer = Peer(self.key, None, Address(self.key), 0, 0)
@@ -39,6 +40,7 @@ class LiarRelay:
         self._holder: web.WebSocketResponse | None = None
         self._taken: asyncio.Queue[tuple[web.WebSocketResponse, asyncio.Event]] = asyncio.Queue()
         self._tickets = 0
+        self.calls = 0
 
     def routes(self) -> Sequence[Route]:
         return [
@@ -67,6 +69,10 @@ class LiarRelay:
         asker = web.WebSocketResponse()
         await asker.prepare(request)
         assert self._holder is not None
+        self.calls += 1
+        if not self.carries:
+            await asker.close()
+            return asker
         self._tickets += 1
         await self._holder.send_str(wire.call(f"{self._tickets:032x}"))
         holder, over = await self._taken.get()
@@ -117,8 +123,8 @@ def _chunks(body: bytes) -> list[bytes]:
 
 
 @asynccontextmanager
-async def liar(lie: Lie | None = None) -> AsyncIterator[LiarRelay]:
-    relay = LiarRelay(lie)
+async def liar(lie: Lie | None = None, *, carries: bool = True) -> AsyncIterator[LiarRelay]:
+    relay = LiarRelay(lie, carries=carries)
     api = PeerApi(relay.routes(), membership=OpenSwarm())
     async with api.listening(["127.0.0.1"], 0) as ports:
         address = Address(relay.key, http=(f"http://127.0.0.1:{ports.direct}",))

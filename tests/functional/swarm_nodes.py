@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon.answering.answers import Answers
 from daemon.answering.local import LocalModel
+from daemon.config import Network
 from daemon.engine.interface import CAPABILITIES, Capability, Delta, EmbeddingRequest, Embeddings, Provider, Request, Usage
 from daemon.gossip.gossip import Gossip
 from daemon.gossip.moving import settle
@@ -162,12 +163,15 @@ async def swarm_node(
     range_limits: RangeLimits | None = None,
     relay_limits: RelayLimits | None = None,
     hold: Sequence[Peer] | None = None,
+    hold_first: Collection[str] | None = None,
+    network: Network = "loopback",
 ) -> AsyncIterator[Node]:
     """One node, of the open swarm unless `membership` is another, made for the same `key`.
 
     `kubo` is the binary, None leaves IPFS off; without `direct` no URL of its peer API is announced.
     With `relays` it carries for others, with `relays_bytes` models too. `hold` are the nodes that it asks to carry for it, from
-    the start; later ones are put in `hold`, if it is a list.
+    the start; later ones are put in `hold`, if it is a list. `hold_first` are the keys of those that it has joined, None all.
+    `network` is where the ways to others may lead; this machine alone has any other node.
     """
     key = key or Ed25519PrivateKey.generate()
     membership = membership or OpenSwarm()
@@ -212,8 +216,9 @@ async def swarm_node(
             peer_id = identity.peer_id if identity else None
             return Card(peer_id, address, seal_keys.public(), relay=relays)
 
-        ways = Ways(network="loopback", ipfs=ipfs_now, http=http, membership=membership)
+        ways = Ways(network=network, ipfs=ipfs_now, http=http, membership=membership)
         pipe_http = await stack.enter_async_context(pipes.session(membership))
+        stack.push_async_callback(ways.close)
         relay = RelayService(
             name,
             enabled=lambda: relays,
@@ -228,6 +233,7 @@ async def swarm_node(
             http=pipe_http,
             supervisor=supervisor,
             candidates=lambda: hold or (),
+            joined=lambda: hold_first if hold_first is not None else {one.node for one in hold or ()},
             codes=lambda: {short(code_of_cid(offer.cid)) for offer in node.held},
             wanted=lambda: hold is not None,
             streams_port=lambda: ports.streams,

@@ -40,7 +40,12 @@ Address = tuple[str, int]
 @contextlib.asynccontextmanager
 async def node(*ways_in: Address, state: Path | None = None) -> AsyncIterator[TorrentSession]:
     session = TorrentSession(
-        "public", 0, dht_bootstrap=ways_in, dht_state=state, overrides=ON_LOOPBACK
+        "public",
+        0,
+        dht_bootstrap=ways_in,
+        dht_state=state,
+        nearby=["127.0.0.0/8"],
+        overrides=ON_LOOPBACK,
     )
     await session.start()
     try:
@@ -309,6 +314,15 @@ async def test_a_thousand_wrong_answers_hide_no_honest_one() -> None:
         peers.append(peer)
     assert ("127.0.0.1", 4444) in peers
     assert len(peers) == len(set(peers)) == 25 + 4
+
+
+async def test_one_host_with_many_ports_hides_nobody_in_the_same_answer() -> None:
+    search = dht.Search(0)
+    search.add([*(("10.0.0.9", port) for port in range(1, 1000)), ("127.0.0.1", 4444)])
+    search.end()
+    peers = [await search.next(0) for _ in range(5)]
+    assert ("127.0.0.1", 4444) in peers
+    assert await search.next(0) is None
 
 
 async def test_a_search_takes_no_more_than_its_ceiling() -> None:

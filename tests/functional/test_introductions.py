@@ -28,6 +28,9 @@ class Torrents:
     def meet(self, infohash: str, peers: Sequence[tuple[str, int]]) -> None:
         self.met.append((infohash, list(peers)))
 
+    def known(self, infohash: str) -> object | None:
+        return self if infohash == INFOHASH else None
+
 
 @dataclass
 class Side:
@@ -67,15 +70,35 @@ async def test_both_learn_where_the_other_is_seen() -> None:
         # Nobody is asked before it is known how we are seen.
         await asyncio.sleep(0.3)
         assert told.empty() and not holder.torrents.met
-        asker.outside.append(("127.0.0.8", 8))
+        asker.outside.append(("127.0.0.1", 8))
         async with asyncio.timeout(10):
             assert await told.get() == [("127.0.0.7", 7)]
-        assert holder.torrents.met == [(INFOHASH, [("127.0.0.8", 8)])]
+        assert holder.torrents.met == [(INFOHASH, [("127.0.0.1", 8)])]
         keeping.cancel()
 
 
+async def test_who_does_not_have_the_torrent_tells_nothing_and_dials_nobody() -> None:
+    async with side(HOLDER, [("127.0.0.7", 7)]) as holder:
+        url = holder.peer.address.http[0] + PATH
+        body = b'{"infohash":"%s","addresses":["127.0.0.1:8"]}' % (b"cd" * 32)
+        headers = {"Content-Type": "application/json"}
+        async with holder.http.post(url, data=body, headers=headers) as response:
+            assert response.status == 404 and "127.0.0.7" not in await response.text()
+        assert not holder.torrents.met
+
+
+async def test_whose_address_is_seen_names_no_other() -> None:
+    async with side(HOLDER, []) as holder:
+        url = holder.peer.address.http[0] + PATH
+        body = b'{"infohash":"%s","addresses":["127.0.0.9:9","127.0.0.1:8"]}' % INFOHASH.encode()
+        headers = {"Content-Type": "application/json"}
+        async with holder.http.post(url, data=body, headers=headers) as response:
+            assert response.status == 200
+        assert holder.torrents.met == [(INFOHASH, [("127.0.0.1", 8)])]
+
+
 async def test_a_holder_that_announces_an_address_is_not_asked() -> None:
-    async with side(HOLDER, []) as holder, side(ASKER, [("127.0.0.8", 8)]) as asker:
+    async with side(HOLDER, []) as holder, side(ASKER, [("127.0.0.1", 8)]) as asker:
         open_address = Address(HOLDER, (), ("127.0.0.1:1",), holder.peer.address.http)
         known = Peer(HOLDER, None, open_address, 0, 0)
         keeping = asyncio.create_task(

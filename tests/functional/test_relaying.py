@@ -703,6 +703,43 @@ async def test_candidates_that_do_not_relay_are_passed_over(tmp_path: Path) -> N
             await until(lambda: willing.relay.held == ())
 
 
+async def test_relays_that_agree_and_carry_nothing_are_none_of_ours(tmp_path: Path) -> None:
+    """As many as this node wants, and the first to be asked; each rests longer every time."""
+    async with AsyncExitStack() as stack:
+        liars = [await stack.enter_async_context(liar(carries=False)) for _ in range(2)]
+        honest = await stack.enter_async_context(swarm_node(tmp_path / "honest", relays=True))
+        hold = [*(one.peer for one in liars), honest.peer()]
+        server = await stack.enter_async_context(
+            swarm_node(tmp_path / "server", direct=False, hold=hold)
+        )
+        await until(lambda: server.holder.held == (honest.key,))
+        assert all(one.calls for one in liars)
+        assert server.holder.points() == (f"{wire.hex_of(honest.key)}@{honest.url}",)
+        liars[0].carries = True
+        await until(lambda: set(server.holder.held) == {honest.key, liars[0].key})
+
+
+async def test_among_those_that_nobody_joined_chance_decides(tmp_path: Path) -> None:
+    """Or the first in the list would be everybody's relays."""
+    async with AsyncExitStack() as stack:
+        relays = [
+            await stack.enter_async_context(swarm_node(tmp_path / str(number), relays=True))
+            for number in range(4)
+        ]
+        hold = [relay.peer() for relay in relays]
+        chosen: set[str] = set()
+        joined = relays[3].key
+        for number in range(30):
+            home = tmp_path / f"home {number}"
+            async with swarm_node(home, direct=False, hold=hold, hold_first=[joined]) as server:
+                await until(lambda: len(server.holder.held) == 2)
+                assert joined in server.holder.held
+                chosen |= set(server.holder.held)
+            if len(chosen) == 4:
+                break
+        assert len(chosen) == 4  # by chance it is not, once in 60,000 times
+
+
 async def test_a_relay_that_redirects_sends_nobody_anywhere() -> None:
     node = "ed25519:" + "07" * 32
     came: list[str] = []

@@ -113,15 +113,24 @@ def test_every_setting_is_one_that_libtorrent_knows(kind: network.Network) -> No
     assert {key: type(value) for key, value in wanted.items()} == {key: type(known[key]) for key in wanted}
 
 
-def test_only_public_leaves_private_ranges() -> None:
-    for kind, closed in [("loopback", "10.0.0.1"), ("loopback", "::1"), ("lan", "8.8.8.8"), ("lan", "2001:db8::1")]:
-        filter_ = lt.ip_filter()
-        for first, last in network.everywhere():
-            filter_.add_rule(first, last, 1)
-        for first, last in network.allowed(kind):  # type: ignore[arg-type]  # a literal in a table
-            filter_.add_rule(first, last, 0)
-        assert filter_.access(closed) == 1
-        assert filter_.access("127.0.0.1") == 0
+@pytest.mark.parametrize(
+    ("kind", "closed", "open_"),
+    [
+        ("loopback", ("10.0.0.1", "::1", "8.8.8.8"), ("127.0.0.1",)),
+        ("lan", ("8.8.8.8", "2001:db8::1"), ("127.0.0.1", "10.0.0.1", "192.168.7.7")),
+        # Anybody can name a private address on the DHT: only our own LAN is spoken to.
+        ("public", ("10.0.0.1", "192.168.8.1", "127.0.0.1", "169.254.169.254", "fc00::1"), ("8.8.8.8", "192.168.7.7")),
+    ],
+)
+def test_whom_a_session_speaks_to(kind: network.Network, closed: tuple[str, ...], open_: tuple[str, ...]) -> None:
+    filter_ = lt.ip_filter()
+    for first, last, may in network.rules(kind, ["192.168.7.0/24"] if kind == "public" else []):
+        filter_.add_rule(first, last, 0 if may else 1)
+    assert [filter_.access(address) for address in closed] == [1] * len(closed)
+    assert [filter_.access(address) for address in open_] == [0] * len(open_)
+
+
+def test_only_public_asks_the_world() -> None:
     for kind in ("lan", "loopback"):
         settings = network.settings(kind, 0, download_rate=0, upload_rate=0)  # type: ignore[arg-type]  # a literal in a loop
         assert not settings["dht_bootstrap_nodes"] and not settings["enable_dht"] and not settings["enable_upnp"]

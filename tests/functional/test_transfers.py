@@ -124,6 +124,18 @@ def test_a_bare_cid_is_accepted_as_unsigned_and_says_so(node: Callable[[str], No
     assert b.run("ls")[0]["signed_by"] is None
 
 
+def test_an_unsigned_model_is_verified_when_its_manifest_is_heard_of(node: Callable[[str], Node], original: Path) -> None:
+    a, b = node("a").up("--ipfs-enabled", "false"), node("b").up("--ipfs-enabled", "false")
+    model = a.run("publish", str(original))
+    assert b.run("pull", str(original))["signed_by"] is None
+    b.join(a)
+    until(lambda: b.run("ls")[0]["signed_by"] == a.status["node"], "the signature of what is here")
+    assert b.run("ls")[0]["magnet"] == model["magnet"]
+    b.stop()
+    b.up("--ipfs-enabled", "false")
+    assert b.run("ls")[0]["signed_by"] == a.status["node"]
+
+
 def test_kubo_killed_in_the_middle_and_bittorrent_finishes(node: Callable[[str], Node], original: Path) -> None:
     a, b = node("a").up(), node("b").up("--transfer-download-rate", SLOW)
     b.join(a)
@@ -137,6 +149,17 @@ def test_kubo_killed_in_the_middle_and_bittorrent_finishes(node: Callable[[str],
     # The keeper brings Kubo back, and then the model is pinned as if nothing had been.
     until(lambda: b.run("status")["ipfs"]["state"] == "ready", "Kubo's return")
     assert b.run("status")["ipfs"]["pid"] != kubo
+
+
+def test_kubo_killed_in_the_middle_without_bittorrent(node: Callable[[str], Node], original: Path) -> None:
+    a, b = node("a").up(), node("b").up("--torrent-enabled", "false", "--transfer-download-rate", SLOW)
+    b.join(a)
+    model = a.run("publish", str(original))
+    kubo = b.run("status")["ipfs"]["pid"]
+    pulled = finished(interrupt(b, model["code"], lambda: os.kill(kubo, signal.SIGKILL)))
+    assert pulled["sources"]["disk"] == pulled["sources"]["bittorrent"] == 0
+    assert pulled["sources"]["ipfs"] + pulled["sources"]["https"] == SIZE  # nothing verified was fetched again
+    assert sha256(blob(b, pulled)) == model["sha256"]
 
 
 @pytest.mark.parametrize("settings", [(), ("--ipfs-enabled", "false")], ids=["ipfs", "bittorrent"])

@@ -11,10 +11,10 @@ import pytest
 from daemon.errors import Unserved
 from daemon.membership import OpenSwarm
 from daemon.peerapi import ways as the_module
+from daemon.peerapi.kinds import BYTES, MESSAGES, Kind
 from daemon.peerapi.ping import Ping
 from daemon.peerapi.server import PeerApi
 from daemon.peerapi.ways import NEVER, Way, Ways
-from daemon.relaying.wire import MESSAGES, Kind
 from registry.records import Address, Peer
 
 HOME = "ed25519:" + "cd" * 32
@@ -108,3 +108,34 @@ async def test_only_the_latest_are_remembered(monkeypatch: pytest.MonkeyPatch) -
             assert ways.via(HOME) == RELAY  # the relay was reached before it
         async with ways.to(peer(RELAY, relay)):
             assert ways.via(HOME) is None
+
+
+class NotingKinds(Carrying):
+    """Notes what it is asked to carry."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.kinds: list[Kind] = []
+
+    @asynccontextmanager
+    async def through(self, relay: Way, node: str, *, kind: Kind = MESSAGES) -> AsyncIterator[str]:
+        self.kinds.append(kind)
+        async with super().through(relay, node, kind=kind) as url:
+            yield url
+
+
+@pytest.mark.parametrize(("bulk", "kind"), [(False, MESSAGES), (True, BYTES)])
+@pytest.mark.parametrize("joined_just_now", [False, True])
+async def test_a_relay_is_told_what_it_is_to_carry(
+    bulk: bool, kind: Kind, joined_just_now: bool
+) -> None:
+    """Also for a node that says only later how it is reached: bytes of models never pass as messages."""
+    async with answering(HOME) as home, answering(RELAY) as relay, aiohttp.ClientSession() as http:
+        ways = Ways(network="loopback", ipfs=no_ipfs, http=http, membership=OpenSwarm())
+        ways.relays = relays = NotingKinds(home)
+        ways.lookup = lambda node: peer(node, None, relay)
+        known = peer(HOME, None, None if joined_just_now else relay)
+        async with ways.to(known, bulk=bulk) as way:
+            assert way.via == RELAY
+        assert relays.kinds == [kind]
+        await ways.close()

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.functional.nodes import until
+from tests.internet.scenes import ANSWER, OPEN
 from tests.internet.world import Host, World
 
-ANSWER = ("--max-tokens", "4")
+once = pytest.mark.parametrize("homes", [True], indirect=True, ids=["open"])
 
 
 @dataclass
@@ -33,7 +34,7 @@ def homes(request: pytest.FixtureRequest, shared_world: World, model_file: Path)
     kind = "open" if request.param else "closed"
     r1, r2 = shared_world.public(f"R1-{kind}"), shared_world.public(f"R2-{kind}")
     a, b = shared_world.home(f"A-{kind}"), shared_world.home(f"B-{kind}")
-    opening = ("--swarm-open", "true") if request.param else ()
+    opening = OPEN if request.param else ()
     shared_world.up(r1, r2, settings=opening)
     shared_world.up(a, b)
     code = a.run("publish", str(model_file))["code"]
@@ -61,6 +62,7 @@ def test_they_talk_without_a_third_node(homes: Homes) -> None:
     assert answer["via"] is None
 
 
+@once
 def test_a_public_host_dies_and_all_goes_on(homes: Homes) -> None:
     homes.r1.power_off()
     homes.a.run("serve", homes.code)
@@ -71,9 +73,21 @@ def test_a_public_host_dies_and_all_goes_on(homes: Homes) -> None:
     assert homes.b.blobs() == homes.a.blobs()
 
 
+@once
 def test_of_two_that_serve_one_dies_and_the_other_is_asked(homes: Homes) -> None:
     homes.b.run("serve", homes.code)
     until(lambda: homes.r2.served(homes.code)["nodes"] == 2, "both on R2's list")
     homes.a.power_off()
     answer = homes.r2.run("ask", "Say yes.", f"#{homes.code}", *ANSWER)
     assert answer["answered_by"] == homes.b.status["node"]
+
+
+@once
+def test_one_that_is_killed_is_offered_to_nobody(homes: Homes) -> None:
+    homes.b.kill()
+
+    def gone() -> bool:
+        return not any(model["serving"] for model in homes.r2.run("models"))
+
+    until(gone, "R2's list without the dead")
+    assert homes.r2.fails("ask", "Say yes.", f"#{homes.code}", *ANSWER).code in (3, 5)

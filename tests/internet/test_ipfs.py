@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from daemon.bootstrap import PUBLIC_BOOTSTRAP
 from daemon.config import Config, Ipfs
 from daemon.errors import SwarmError, Unavailable, Unserved
 from daemon.ipfs import gate
 from daemon.ipfs import keeper as keeping
-from daemon.ipfs.bootstrap import PUBLIC_BOOTSTRAP
 from daemon.ipfs.interface import IpfsNode, Provider
 from daemon.ipfs.keeper import IpfsKeeper
 from daemon.ipfs.kubo import KuboProcess

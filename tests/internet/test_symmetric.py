@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.functional.nodes import until
+from tests.internet.scenes import ANSWER, OPEN
 from tests.internet.world import Host, World
 
 PROMPT = "A secret prompt: count from one to forty in words."
-ANSWER = ("--max-tokens", "4")
 
 
 @dataclass
@@ -38,7 +38,7 @@ def offices(shared_world: World, model_file: Path) -> Offices:
     world = shared_world
     r1, r2 = world.public("R1"), world.public("R2")
     a, b, c = world.home("A", "symmetric"), world.home("B", "symmetric"), world.home("C")
-    world.up(r1, r2, settings=("--swarm-open", "true"))
+    world.up(r1, r2, settings=OPEN)
     world.up(a, b, c)
     code = a.run("publish", str(model_file))["code"]
     a.run("serve", code)
@@ -61,12 +61,12 @@ def test_the_first_question_goes_through_the_public_node_which_cannot_read_it(of
 
 
 def test_what_comes_back_passes_the_relay_sealed(offices: Offices) -> None:
-    text = offices.b.run("ask", PROMPT, f"#{offices.code}", "--max-tokens", "40", "--temperature", "0")["text"]
+    question = ("ask", PROMPT, f"#{offices.code}", "--max-tokens", "40", "--temperature", "0")
+    text = offices.b.run(*question)["text"]
     needles = [piece.encode() for piece in text.split() if len(piece) > 6]
     assert needles, text
     with offices.r1.sniff(*needles) as first, offices.r2.sniff(*needles) as second:
-        again = offices.b.run("ask", PROMPT, f"#{offices.code}", "--max-tokens", "40", "--temperature", "0")["text"]
-    assert needles[0].decode() in again
+        assert offices.b.run(*question)["text"] == text
     assert not first.found | second.found
 
 
@@ -87,24 +87,29 @@ def test_doctor_and_privacy_say_how_each_stands(offices: Offices) -> None:
     assert "NAT that keeps ports" in network(offices.c)
     assert "hole punching" in network(offices.c)
     assert "others reach this node directly" in network(offices.r1)
-    told = {host.name: str(host.run("privacy")) for host in (offices.b, offices.r1)}
-    assert "relay" in told["B"]
-    assert told["B"] != told["R1"]
+
+    def learn(host: Host) -> str:
+        """Who learns something of it."""
+        return "; ".join(entry["who"] for entry in host.run("privacy"))
+
+    assert "for this one" in learn(offices.b)
+    assert "that you carry for" not in learn(offices.b)
+    assert "that you carry for" in learn(offices.r1)
+    assert "finds the port of your peer API" in learn(offices.r1)
 
 
 def test_f17_a_relay_that_dies_in_mid_answer_is_told_and_the_next_question_goes_through_another(
     offices: Offices,
 ) -> None:
-    asking = offices.b.start("ask", PROMPT, f"#{offices.code}", "--max-tokens", "400", "--via", relay_of(offices), bufsize=0)
+    relay = str(offices.r1.status["node"])
+    words = ("ask", PROMPT, f"#{offices.code}", "--max-tokens", "400", "--via", relay)
+    asking = offices.b.start(*words, bufsize=0)
     assert asking.stdout is not None
     assert asking.stdout.read(1)
-    offices.r1.power_off()
+    offices.r1.kill()
     _, said = asking.communicate(timeout=60)
-    assert asking.returncode == 5, said
-    assert "error: answer:" in said
+    assert asking.returncode, "a cut answer looked like a whole one"
+    assert "error: answer: the connection to it broke in the middle" in said
     answer = offices.b.run("ask", PROMPT, f"#{offices.code}", *ANSWER)
     assert answer["via"] == offices.r2.status["node"]
 
-
-def relay_of(offices: Offices) -> str:
-    return str(offices.r1.status["node"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from daemon.errors import (
     InferenceError,
     ModelLoadError,
     NoMemory,
+    NotFound,
     Refused,
     SwarmError,
     Unavailable,
@@ -323,3 +324,20 @@ async def test_this_node_is_asked_however_many_serve_the_model_better() -> None:
         answer = await answers.open(model, CHAT)
         assert answer.answered_by == nodes[0]
         await answer.deltas.aclose()
+
+
+@pytest.mark.parametrize(
+    ("via", "searched"), [("auto", 1), ("never", 1), ("ed25519:" + "ef" * 32, 0)]
+)
+async def test_who_names_a_relay_is_shown_to_nobody_by_a_search(via: str, searched: int) -> None:
+    asked: list[str | None] = []
+
+    async def search(ref: str | None, found: Callable[[], bool]) -> None:
+        asked.append(ref)
+
+    nothing: Any = None
+    table: Any = Gone([])
+    answers = Answers(table, lambda: [], lambda: [], ways=nothing, http=nothing, clock=lambda: 0.0, search=search)
+    with pytest.raises(NotFound):
+        await answers.open("abcdefg", CHAT, via=via)
+    assert asked == ["abcdefg"] * searched

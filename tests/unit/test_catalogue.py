@@ -31,7 +31,7 @@ def offers(node: st.SearchStrategy[str]) -> st.SearchStrategy[Offer]:
 def questions() -> list[str]:
     full = [codes.code_of_cid(cid) for cid in CIDS] + [codes.code_of_infohash_v2(infohash) for infohash in INFOHASHES]
     magnets = [f"magnet:?xt=urn:btmh:1220{infohash}" for infohash in INFOHASHES] + [f"magnet:?xt=urn:btih:{'ab' * 20}"]
-    return [*full, *(f"#{code[:7]}" for code in full), *CIDS, *NAMES, *magnets]
+    return [*full, *(f"#{code[:7]}" for code in full), *CIDS, *NAMES, *INFOHASHES, *magnets]
 
 
 QUESTIONS = questions()

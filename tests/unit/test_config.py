@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from daemon.bootstrap import PUBLIC_BOOTSTRAP
 from daemon.config import DHT_BOOTSTRAP, host_port, load
 from daemon.errors import UsageError
-from daemon.ipfs.bootstrap import PUBLIC_BOOTSTRAP
 
 
 @pytest.mark.parametrize(

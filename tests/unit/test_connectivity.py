@@ -23,6 +23,7 @@ from daemon.ipfs.keeper import IpfsKeeper
 from daemon.ipfs.reach import Reach
 from daemon.ledger import LedgerThread
 from daemon.membership import OpenSwarm
+from daemon.node import reachability
 from daemon.node.connectivity import Connectivity
 from daemon.node.reachability import State
 from daemon.peerapi.server import Ports
@@ -62,7 +63,7 @@ class Node:
     def stands(self, state: State, *reached: str, external: str = SEEN) -> None:
         """As after what judges said."""
         found = self.connectivity.reachability
-        found.state, found.reached = state, frozenset(reached)
+        found.state, found._told = state, frozenset(reached)
         found.external = () if state == "unknown" else (external,)
 
     def has_ipfs(self, *addresses: str) -> None:
@@ -92,7 +93,8 @@ def _word(
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Its addresses: a home's, unless the test says otherwise."""
     found = SimpleNamespace(globally=None, privately=PRIVATE)
-    monkeypatch.setattr(network, "global_address", lambda: found.globally)
+    for place in (network, reachability):
+        monkeypatch.setattr(place, "global_address", lambda: found.globally)
     monkeypatch.setattr(network, "private_address", lambda: found.privately)
     return found
 
@@ -112,7 +114,7 @@ def node(tmp_path: Path, machine: SimpleNamespace) -> Making:
         key, swarm, offers = Ed25519PrivateKey.generate(), OpenSwarm(), list[Offer]()
         torrents: Any = None
         if bittorrent is not None:
-            ports = SimpleNamespace(mapped_port=None, map_port=lambda port: None)
+            ports = SimpleNamespace(mapped_port=None, map_port=lambda port: None, renew=lambda: None)
             dht = SimpleNamespace(nodes=7, external_addresses=(), enabled=False)
             torrents = SimpleNamespace(port=bittorrent, ports=ports, dht=dht)
         async with AsyncExitStack() as stack:
@@ -205,7 +207,7 @@ async def test_the_port_that_a_router_forwards_is_announced_and_tried(node: Maki
         a.torrents.ports.mapped_port = 18788
         a.stands("public", "http")
         assert a.announced.http == (f"http://{SEEN}:18788",)
-        assert a.connectivity._own_ports()["http"] == 18788
+        assert a.connectivity.endpoints.own_ports()["http"] == 18788
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ async def test_in_a_closed_network_its_own_addresses(node: Making, kind: str, ip
     async with node(network=kind) as a:
         a.has_ipfs(LOCAL, LAN, DIRECT, CIRCUIT)
         expected = Address(a.connectivity.node, ipfs=(ipfs,), bittorrent=(f"{host}:6881",), http=(f"http://{host}:8788",))
-        assert a.announced == a.connectivity.address() == expected
+        assert a.announced == a.connectivity.endpoints.for_people() == expected
 
 
 async def test_in_a_lan_without_an_address_nothing(node: Making, machine: SimpleNamespace) -> None:
@@ -228,7 +230,7 @@ async def test_with_bittorrent_and_ipfs_off_the_peer_api_alone(node: Making) -> 
     async with node(bittorrent=None) as a:
         a.stands("public", "http")
         assert a.announced == Address(a.connectivity.node, http=(f"http://{SEEN}:8788",))
-        assert a.connectivity.outside() == []
+        assert a.connectivity.endpoints.for_bittorrent() == []
 
 
 # -- what a person hands on ---------------------------------------------------------------------------------------------
@@ -239,19 +241,19 @@ async def test_a_person_hands_on_the_guess_until_somebody_knows_better(node: Mak
     async with node() as a:
         own = a.connectivity.node
         assert a.announced == Address(own)
-        assert a.connectivity.address() == Address(own, bittorrent=(f"{HOME}:6881",), http=(f"http://{HOME}:8788",))
+        assert a.connectivity.endpoints.for_people() == Address(own, bittorrent=(f"{HOME}:6881",), http=(f"http://{HOME}:8788",))
         a.stands("private")
-        assert a.connectivity.address() == Address(own)
+        assert a.connectivity.endpoints.for_people() == Address(own)
         a.stands("public", "http")
-        assert a.connectivity.address() == Address(own, http=(f"http://{SEEN}:8788",))
+        assert a.connectivity.endpoints.for_people() == Address(own, http=(f"http://{SEEN}:8788",))
 
 
 async def test_a_home_or_a_peer_api_that_is_not_open_has_no_guess(node: Making, machine: SimpleNamespace) -> None:
     async with node() as a:
-        assert a.connectivity.address() == Address(a.connectivity.node)
+        assert a.connectivity.endpoints.for_people() == Address(a.connectivity.node)
     machine.globally = HOME
     async with node(swarm_open="false") as a:
-        assert a.connectivity.address() == Address(a.connectivity.node, bittorrent=(f"{HOME}:6881",))
+        assert a.connectivity.endpoints.for_people() == Address(a.connectivity.node, bittorrent=(f"{HOME}:6881",))
 
 
 # -- what others may try ------------------------------------------------------------------------------------------------
@@ -259,11 +261,11 @@ async def test_a_home_or_a_peer_api_that_is_not_open_has_no_guess(node: Making, 
 
 async def test_own_ports_are_those_of_the_parts_that_listen(node: Making) -> None:
     async with node() as a:
-        assert a.connectivity._own_ports() == {"http": 8788, "bittorrent": 6881}
+        assert a.connectivity.endpoints.own_ports() == {"http": 8788, "bittorrent": 6881}
         a.has_ipfs("nonsense", CIRCUIT, f"/ip4/{PRIVATE}/udp/4009/quic-v1/p2p/{ME}", LAN)
-        assert a.connectivity._own_ports() == {"http": 8788, "ipfs": 4001, "bittorrent": 6881}
+        assert a.connectivity.endpoints.own_ports() == {"http": 8788, "ipfs": 4001, "bittorrent": 6881}
     async with node(swarm_open="false", bittorrent=0) as a:
-        assert a.connectivity._own_ports() == {}
+        assert a.connectivity.endpoints.own_ports() == {}
 
 
 async def test_judges_are_the_joined_nodes_and_then_whoever_can_be_dialled(node: Making, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +350,7 @@ async def test_where_the_ipfs_node_stands(
     async with node() as a:
         a.hears(ipfs=[POINT], relay=True, peer_id=RELAY)
         a.stands(state, *reached)
-        reach = a.connectivity._reach()
+        reach = a.connectivity._standing._reach()
         assert reach.reachability == told
         assert reach.relays == ((POINT,) if told == "private" else ())
         assert reach.relay_service == (told == "public")
@@ -358,14 +360,14 @@ async def test_where_the_ipfs_node_stands(
 async def test_a_node_that_does_not_carry_gives_no_reservations_either(node: Making) -> None:
     async with node(swarm_relay="off") as a:
         a.stands("public", "ipfs")
-        assert a.connectivity._reach() == Reach("public")
+        assert a.connectivity._standing._reach() == Reach("public")
 
 
 @pytest.mark.parametrize("kind", ["lan", "loopback"])
 async def test_in_a_closed_network_it_is_told_nothing(node: Making, kind: str) -> None:
     async with node(network=kind) as a:
         a.hears(ipfs=[LAN], relay=True, peer_id=ME)
-        assert a.connectivity._reach() == Reach()
+        assert a.connectivity._standing._reach() == Reach()
 
 
 async def test_nobody_inside_becomes_a_relay_or_a_way_in(node: Making) -> None:
@@ -373,7 +375,7 @@ async def test_nobody_inside_becomes_a_relay_or_a_way_in(node: Making) -> None:
     async with node() as a:
         for address in (LOCAL, LAN, f"/ip4/169.254.1.1/tcp/80/p2p/{ME}", f"/ip6/fd00::1/tcp/4001/p2p/{ME}", CIRCUIT):
             a.hears(ipfs=[address], relay=True, peer_id=ME)
-        assert a.connectivity._reach() == Reach("private")
+        assert a.connectivity._standing._reach() == Reach("private")
 
 
 async def test_relays_stay_while_one_of_them_lives(node: Making, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,10 +385,10 @@ async def test_relays_stay_while_one_of_them_lives(node: Making, monkeypatch: py
     async with node() as a:
         monkeypatch.setattr(a.keeper, "_running", running)
         a.hears(ipfs=[POINT], relay=True, peer_id=RELAY)
-        assert a.connectivity._relays() == running.relays
+        assert a.connectivity._standing._relays() == running.relays
         gone = Reach("private", relays=(other,))
         monkeypatch.setattr(a.keeper, "_running", gone)
-        assert a.connectivity._relays() == (POINT,)
+        assert a.connectivity._standing._relays() == (POINT,)
 
 
 # -- the start ----------------------------------------------------------------------------------------------------------

@@ -1,142 +1,149 @@
-"""What is heard: refused with the reason, and what many wrong times say about our own clock."""
+"""What the ear keeps of those that it hears."""
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from daemon.gossip.ear import Ear
-from daemon.gossip.peers import PeerTable
+from daemon.gossip.clocks import NODES_KEPT, WINDOW_S, Clocks
+from daemon.gossip.ear import REFUSALS, Ear
+from daemon.gossip.peers import SILENT_S, PeerTable
 from daemon.ledger import LedgerThread
-from registry import announcement as rules
-from registry.envelope import key_name, sign
-from registry.errors import Malformed, Misdated, NotVerified, Repeated, Stale
-from registry.records import Address, Announcement
-
-NOW = 1_800_000_000
-DAY = 86_400
-OWN = "ed25519:" + "ab" * 32
+from registry.errors import Misdated, NotVerified
+from tests.unit.test_peers import NOW, OWN, Speaker
 
 
-class Heard:
-    """An ear, and what it calls."""
+@pytest.fixture
+async def ledger(tmp_path: Path) -> AsyncIterator[LedgerThread]:
+    ledger = await LedgerThread.open(tmp_path / "ledger.db")
+    yield ledger
+    await ledger.close()
 
-    def __init__(self, table: PeerTable) -> None:
+
+class Listening:
+    """An ear of a small table. `clock` is in unix seconds."""
+
+    def __init__(self, ledger: LedgerThread, limit: int = 64) -> None:
+        self.clock = [NOW]
         self.greeted = 0
-        self.passed_on: list[bytes] = []
-        self.ear = Ear(table, greet=self._greet, pass_on=self.passed_on.append, behind=lambda: None)
+        self.table = PeerTable(
+            ledger, own=OWN, clock=lambda: self.clock[0], standing=lambda node: None, limit=limit
+        )
+        self.ear = Ear(
+            self.table, greet=self._greet, pass_on=lambda envelope: None, behind=lambda: None
+        )
 
     def _greet(self) -> None:
         self.greeted += 1
 
 
-@pytest.fixture
-async def heard(tmp_path: Path) -> AsyncIterator[Heard]:
-    ledger = await LedgerThread.open(tmp_path / "ledger.db")
-    table = PeerTable(ledger, own=OWN, clock=lambda: NOW, standing=lambda key: None)
-    await table.open()
-    yield Heard(table)
-    await table.close()
-    await ledger.close()
-
-
-class Speaker:
-    """Another node, whose clock is off by so many seconds."""
-
-    def __init__(self, off: int = 0) -> None:
-        self._key = Ed25519PrivateKey.generate()
-        self._off = off
-        self._sequence = 0
-
-    def word(self) -> bytes:
-        self._sequence += 1
-        node = key_name(self._key)
-        said = Announcement(node, None, self._sequence, NOW + self._off + 60, Address(node), ())
-        return sign(rules.PAYLOAD_TYPE, rules.build(said), self._key)
-
-
-async def refused(heard: Heard, word: bytes, error: type[Exception]) -> str:
-    with pytest.raises(error) as raised:
-        await heard.ear.receive(word)
-    return str(raised.value)
-
-
-@pytest.mark.parametrize("off", [DAY, -DAY])
-async def test_a_word_with_the_wrong_time_is_refused_with_the_cause_named(heard: Heard, off: int) -> None:
-    """F18."""
-    why = await refused(heard, Speaker(off).word(), Misdated)
-    assert "the clock of one of the nodes is off" in why
-    assert (heard.ear.heard, heard.greeted) == (set(), 0)
-
-
-@pytest.mark.parametrize("off", [DAY, -DAY])
-async def test_when_most_others_have_a_wrong_time_it_is_ours(heard: Heard, off: int) -> None:
-    for number in range(3):
-        assert not heard.ear.clock_is_off, number
-        await refused(heard, Speaker(off).word(), Misdated)
-    assert heard.ear.clock_is_off
-
-
-async def test_one_node_with_a_wrong_clock_among_others_says_nothing_about_ours(heard: Heard) -> None:
-    right, other, wrong = Speaker(), Speaker(), Speaker(DAY)
-    for _ in range(50):
-        await heard.ear.receive(right.word())
-        await heard.ear.receive(other.word())
-        await refused(heard, wrong.word(), Misdated)
-        assert not heard.ear.clock_is_off
-
-
-async def test_a_clock_that_was_set_right_is_right_again(heard: Heard) -> None:
+async def test_invented_nodes_do_not_fill_the_ear(ledger: LedgerThread) -> None:
+    """R31: as many nodes are kept as the table has, however many say something once."""
+    here = Listening(ledger, limit=10)
     for _ in range(100):
-        await refused(heard, Speaker(DAY).word(), Misdated)
-    assert heard.ear.clock_is_off
-    right = Speaker()
-    for _ in range(32):
-        await heard.ear.receive(right.word())
-    assert not heard.ear.clock_is_off
+        await here.ear.receive(Speaker(here.clock).beat(lives=30))
+        here.clock[0] += SILENT_S
+    assert here.greeted == 100
+    assert len(here.ear.heard) == 10
+    assert here.ear.heard == {peer.node for peer in here.table.remembered()}
 
 
-async def test_other_refusals_say_nothing_about_the_clock(heard: Heard) -> None:
-    word = Speaker().word()
-    await heard.ear.receive(word)
-    for _ in range(10):
-        await refused(heard, word, Repeated)
-        await refused(heard, Speaker().word().replace(b"ODAw", b"ODEw"), NotVerified)  # another time than was signed
-        await refused(heard, b"noise", Malformed)
-        await refused(heard, Speaker(-120).word(), Stale)
-    assert not heard.ear.clock_is_off
+async def test_who_left_the_table_is_new_when_it_speaks_again(ledger: LedgerThread) -> None:
+    here = Listening(ledger, limit=1)
+    friend = Speaker(here.clock)
+    await here.ear.receive(friend.beat())
+    await here.ear.receive(friend.beat())
+    assert here.greeted == 1
+    here.clock[0] += SILENT_S
+    await here.ear.receive(Speaker(here.clock).beat())
+    here.clock[0] += SILENT_S
+    await here.ear.receive(friend.beat())
+    assert here.greeted == 3
 
 
-async def test_a_wrong_word_does_not_stop_the_others(heard: Heard) -> None:
-    right = Speaker()
-    word = right.word()
-    found = await heard.ear.take_in([Speaker(DAY).word(), b"noise", word, word])
-    assert isinstance(found[0], str) and "clock" in found[0]
-    assert isinstance(found[1], str)
-    assert isinstance(found[2], Announcement)
-    assert isinstance(found[3], str) and "again" in found[3]
-    # A node without IPFS: whom only pubsub reaches hears of it from us, once.
-    assert heard.passed_on == [word]
+DAY_S = 86_400
 
 
-async def test_the_same_refusal_again_and_again_is_one_line_in_the_log(heard: Heard, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "daemon.gossip.ear")
-    for _ in range(20):
-        await refused(heard, b"noise", Malformed)
-    assert len(caplog.records) == 1
+async def misdated(here: Listening, *envelopes: bytes) -> None:
+    for envelope in envelopes:
+        with pytest.raises(Misdated):
+            await here.ear.receive(envelope)
 
 
-async def test_whoever_is_new_or_was_forgotten_is_greeted(heard: Heard) -> None:
-    speaker = Speaker()
-    for _ in range(3):
-        await heard.ear.receive(speaker.word())
-    assert heard.greeted == 1
-    heard.ear.forget()
-    await heard.ear.receive(speaker.word())
-    assert heard.greeted == 2
-    with pytest.raises((Malformed, NotVerified)):
-        await heard.ear.receive(b"")
+async def test_our_clock_is_off_when_most_others_have_another_time(ledger: LedgerThread) -> None:
+    here = Listening(ledger)
+    others = [Speaker(here.clock) for _ in range(3)]
+    for ours in (DAY_S, -2 * DAY_S):
+        words = [other.beat() for other in others]
+        here.clock[0] += ours
+        assert not here.ear.clock_is_off
+        await misdated(here, *words)
+        assert here.ear.clock_is_off
+        # It is set right.
+        here.clock[0] -= ours
+        for other in others:
+            await here.ear.receive(other.beat())
+
+
+async def test_one_node_with_another_time_counts_once(ledger: LedgerThread) -> None:
+    here = Listening(ledger)
+    other = Speaker(here.clock)
+    words = [other.beat() for _ in range(40)]
+    here.clock[0] += DAY_S
+    await misdated(here, *words)
+    assert not here.ear.clock_is_off
+
+
+async def test_old_words_of_those_that_live_say_nothing(ledger: LedgerThread) -> None:
+    """Somebody recorded three nodes yesterday. Said again, they are old words, whether we had heard them then or not."""
+    here = Listening(ledger)
+    others = [Speaker(here.clock) for _ in range(3)]
+    recorded = [other.beat() for other in others]
+    here.clock[0] += DAY_S
+    await misdated(here, *recorded)
+    for other in others:
+        await here.ear.receive(other.beat())
+    assert not here.ear.clock_is_off
+    for envelope in recorded:
+        with pytest.raises(REFUSALS):
+            await here.ear.receive(envelope)
+    assert not here.ear.clock_is_off
+
+
+async def test_only_what_is_signed_counts(ledger: LedgerThread) -> None:
+    here = Listening(ledger)
+    words = [json.loads(Speaker(here.clock).beat()) for _ in range(9)]
+    here.clock[0] += DAY_S
+    for word, other in pairwise(words):
+        word["signatures"][0]["sig"] = other["signatures"][0]["sig"]
+        with pytest.raises(NotVerified):
+            await here.ear.receive(json.dumps(word).encode())
+    assert not here.ear.clock_is_off
+
+
+def test_the_window_of_those_whose_time_counts() -> None:
+    now = [0.0]
+    clocks = Clocks(lambda node: node == "alive", lambda: now[0])
+
+    def wrong(*nodes: str, long_ago: bool = True) -> None:
+        for node in nodes:
+            clocks.dated_wrong(Misdated("", node, long_ago=long_ago))
+
+    wrong("a", "b", "alive")
+    assert not clocks.ours_is_off
+    wrong("alive", long_ago=False)  # nobody can have recorded it
+    assert clocks.ours_is_off
+    for good in ("c", "d", "e"):
+        clocks.dated_right(good)
+    assert not clocks.ours_is_off  # as many are right
+    wrong("f")
+    assert clocks.ours_is_off
+    now[0] += WINDOW_S + 1
+    assert not clocks.ours_is_off
+    for number in range(2 * NODES_KEPT):
+        clocks.dated_right(str(number))
+    assert len(clocks._last) == NODES_KEPT

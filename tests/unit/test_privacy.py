@@ -74,6 +74,34 @@ def test_the_bootstrap_hosts_are_those_of_the_networks_that_are_on() -> None:
     assert "torrent.dht_bootstrap" in both.change and "torrent.dht_bootstrap" in one.change
 
 
+def test_without_bootstrap_hosts_there_are_none() -> None:
+    none = replace(
+        PUBLIC,
+        ipfs=replace(PUBLIC.ipfs, bootstrap=()),
+        torrent=replace(PUBLIC.torrent, dht_bootstrap=()),
+    )
+    assert who("bootstrap", told(none)) == []
+    off = replace(PUBLIC.ipfs, enabled=False)
+    assert who("bootstrap", told(replace(none, ipfs=off))) == []
+    (one,) = who("bootstrap", told(replace(none, torrent=PUBLIC.torrent)))
+    assert "a BitTorrent node" in one.learns and "IPFS" not in one.learns + one.change
+
+
+def test_introductions_tell_an_address_through_relays_too() -> None:
+    (told_of,) = who("for a torrent that it holds", told(PUBLIC))
+    assert "outside address" in told_of.learns and "relay" in told_of.learns
+    (closed,) = who("for a torrent that it holds", told(PUBLIC, replace(QUIET, closed=True)))
+    assert "members" in closed.who
+    for settings in ({"torrent__enabled": False}, {"network": "loopback"}):
+        assert not who("for a torrent that it holds", told(with_settings(**settings)))
+
+
+def test_what_the_dhts_were_told_stays_for_a_while() -> None:
+    (ipfs,) = who("IPFS DHT", told(PUBLIC))
+    (rendezvous,) = who("knows the code", told(PUBLIC))
+    assert "48 hours" in ipfs.learns and "48 hours" in rendezvous.change
+
+
 def test_an_open_peer_api_is_told_in_public_only() -> None:
     assert who("internet", told(with_settings(swarm__open=True)))
     assert not who("internet", told(with_settings(swarm__open=True, network="lan")))

@@ -180,15 +180,32 @@ async def test_who_is_joined_meanwhile_is_asked_before_the_rest_of_those_who_are
 # -- judges who do not agree --------------------------------------------------------------------------------------------
 
 
-async def test_one_who_reached_us_is_enough(world: World) -> None:
-    found = await world.look(a=verdict(), b=verdict("http"), c=verdict("ipfs"))
-    assert standing(found) == ("public", {"http", "ipfs"}, (HOME,))
+async def test_what_most_say_counts(world: World) -> None:
+    found = await world.look(a=verdict("http"), b=verdict("http", "ipfs"), c=verdict())
+    assert standing(found) == ("public", {"http"}, (HOME,))
+    # One liar among honest judges makes nobody public, nor private.
+    found = await world.look(a=verdict(), b=verdict(), c=verdict("http", "ipfs", "bittorrent"))
+    assert standing(found) == ("private", set(), (HOME,))
+
+
+async def test_of_a_tie_what_was_before(world: World) -> None:
+    found = await world.look(a=verdict("http"))
+    found = await world.look(a=verdict("http"), b=verdict())
+    assert standing(found) == ("public", {"http"}, (HOME,))
+    await world.look(a=verdict(), b=verdict())
+    found = await world.look(a=verdict("http"), b=verdict())
+    assert standing(found) == ("private", set(), (HOME,))
 
 
 async def test_what_was_reached_at_one_address_is_not_announced_at_another(world: World) -> None:
-    """As with IPv4 and IPv6, or one judge who lies about where we are."""
-    found = await world.look(a=verdict("bittorrent", address="6.6.6.6"), b=verdict("http", "ipfs"))
+    """As with one judge who lies about where we are: of as many, who was joined is believed."""
+    found = await world.look(a=verdict("http", "ipfs"), b=verdict("bittorrent", address="6.6.6.6"))
     assert standing(found) == ("public", {"http", "ipfs"}, (HOME,))
+
+
+async def test_an_address_that_is_no_place_on_the_internet_is_no_opinion(world: World) -> None:
+    found = await world.look(a=verdict("http", address="192.168.1.7"), b=verdict("http", address="127.0.0.1"))
+    assert standing(found) == ("unknown", set(), ())
 
 
 async def test_where_nobody_reached_us_we_stay_where_we_were(world: World) -> None:
@@ -206,12 +223,13 @@ async def test_the_order_of_those_who_agree_changes_nothing(world: World) -> Non
 # -- addresses change ---------------------------------------------------------------------------------------------------
 
 
-async def test_what_was_reached_once_counts_as_long_as_the_address_stays(world: World) -> None:
+async def test_what_is_reached_no_more_is_announced_no_more(world: World) -> None:
+    """A router that forwards no longer, at the same address."""
     await world.look(a=verdict("http", "ipfs"))
-    found = await world.look(a=verdict("ipfs"), b=verdict())
-    assert standing(found) == ("public", {"http", "ipfs"}, (HOME,))
+    found = await world.look(a=verdict("ipfs"))
+    assert standing(found) == ("public", {"ipfs"}, (HOME,))
     found = await world.look(a=verdict())
-    assert (standing(found), world.changes) == (("public", {"http", "ipfs"}, (HOME,)), 1)
+    assert (standing(found), world.changes) == (("private", set(), (HOME,)), 3)
 
 
 async def test_another_address_drops_what_was_proven_for_the_one_before(world: World) -> None:
@@ -344,7 +362,9 @@ async def test_without_a_verdict_it_tries_again_soon(world: World, monkeypatch: 
     task = asyncio.create_task(world.reachability.run())
     try:
         await until(lambda: len(world.asked) >= 3)
-        world.judges = {"a": verdict("http")}
+        # One who sees the port, too: while the kind of NAT is not known, the question stays open.
+        world.left_from = 7
+        world.judges = {"a": verdict("http", port=7)}
         await until(lambda: world.reachability.state == "public")
         asked = len(world.asked)
         await asyncio.sleep(0.05)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from daemon.transfer.objects import object_cid
 from daemon.transfer.resolve import Plan, Resolver
 from daemon.trust import TrustBook
 from registry import codes, envelope, manifest, refs, strictjson, upstream
+from registry.catalogue import Catalogue
 from registry.records import GgufFacts, Identity, Offer, Peer
 from tests.functional.swarm_nodes import nowhere
 
@@ -55,6 +56,12 @@ class World:
 
     def offers(self) -> Sequence[Offer]:
         return self.found
+
+    def offers_about(self, wanted: str) -> Sequence[Offer]:
+        catalogue = Catalogue()
+        for number, offer in enumerate(self.found):
+            catalogue.put((offer.node, number), [offer])
+        return catalogue.about(wanted)
 
     def peer(self, node: str) -> Peer | None:
         return None
@@ -169,6 +176,23 @@ async def test_a_magnet_names_its_manifest_which_comes_over_bittorrent(trust: Tr
     assert plan.manifest == object_cid(data)
 
 
+async def test_without_bittorrent_a_magnet_is_looked_for_among_those_who_announce_it(trust: TrustBook) -> None:
+    world = World()
+    data = signed(ALICE)
+
+    async def search(ref: str | None, found: Callable[[], bool]) -> None:
+        world.offer(data)
+        assert found()
+
+    resolver = Resolver(world, world, trust, lambda: None, False, search, None)  # type: ignore[arg-type]  # as above
+    for magnet in (named(data), refs.magnet(IDENTITY.infohash, None, "Qwen", 9)):
+        world.found.clear()
+        plan = await resolver.resolve(magnet)
+        if plan.manifest_torrent is not None:
+            plan = await resolver.named_manifest(plan, [])
+        assert (plan.signed_by, plan.cid) == (envelope.key_name(ALICE), CID)
+
+
 async def test_a_magnets_manifest_comes_from_who_announces_it_too(trust: TrustBook) -> None:
     world = World()
     world.offer(signed(MALLORY))
@@ -221,3 +245,29 @@ async def test_an_upstream_does_not_stop_the_pull_of_a_file(trust: TrustBook) ->
     for lie in ({"infohash_v2": IDENTITY.infohash_v2}, {"manifest": CID}):
         world.found.append(replace(upstream.offer("liar", "Qwen", 4), **lie))  # type: ignore[arg-type]  # texts
     assert (await resolved(world, trust)).signed_by == envelope.key_name(ALICE)
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        CID,
+        object_cid(b"its manifest"),
+        codes.code_of_infohash_v2(IDENTITY.infohash_v2),
+        "#" + codes.short(codes.code_of_infohash_v2(IDENTITY.infohash_v2)),
+        "Qwen",
+        IDENTITY.infohash_v2.upper(),
+        IDENTITY.infohash,
+        refs.magnet(None, IDENTITY.infohash_v2, "another name", None),
+    ],
+)
+async def test_only_what_a_reference_can_mean_is_looked_at(trust: TrustBook, ref: str) -> None:
+    class Large(World):
+        def offers(self) -> Sequence[Offer]:
+            raise AssertionError("every offer of the swarm was looked at")
+
+    world = Large()
+    world.offer(None, manifest=object_cid(b"its manifest"))
+    world.objects[object_cid(b"its manifest")] = signed(ALICE)
+    world.offer(None, cid=object_cid(b"other bytes"), infohash=None, infohash_v2=None, name="other")
+    plan = await resolved(world, trust, ref)
+    assert (plan.cid, plan.signed_by) == (CID, envelope.key_name(ALICE))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from daemon.torrent.announcing import ASK_AGAIN_S, AT_ONCE, Announcing
 from daemon.torrent.entry import Seed, Swarm, Torrent
 from daemon.torrent.port_mapping import PortMapping
+from daemon.torrent.search import Search
 
 
 class NoOwner:
@@ -118,3 +121,18 @@ def test_no_router_is_asked_where_the_network_has_none() -> None:
     ports.attach(router)
     ports.map_port(8788)
     assert router.asked == [] and ports.mapped_port is None
+
+
+async def test_one_host_with_many_ports_pushes_nobody_out_of_a_reply() -> None:
+    search = Search(0)
+    search.add([*(("60.9.0.9", port) for port in range(1, 221)), ("60.1.0.1", 8788)])
+    search.end()
+    loop = asyncio.get_running_loop()
+    found = [peer async for peer in _peers(search, loop.time() + 1)]
+    assert ("60.1.0.1", 8788) in found
+    assert len(found) == 5
+
+
+async def _peers(search: Search, ends: float) -> AsyncIterator[tuple[str, int]]:
+    while (peer := await search.next(ends)) is not None:
+        yield peer
