@@ -169,8 +169,9 @@ class _Daemon:
         self._join = [_address(text) for text in config.swarm.join]
         self._stop = asyncio.Event()
         self._connectivity: Connectivity | None = None
-        self._busy: Callable[[], bool] = lambda: False
-        self._keeper = IpfsKeeper(config, self._ipfs_ready, self._ipfs_gone, busy=lambda: self._busy())
+        self._chatting: Callable[[], bool] = lambda: False
+        self._pulling: Callable[[], bool] = lambda: False
+        self._keeper = IpfsKeeper(config, self._ipfs_ready, self._ipfs_gone, busy=self._busy)
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -191,6 +192,10 @@ class _Daemon:
 
     def _ipfs(self) -> IpfsNode | None:
         return self._keeper.node
+
+    def _busy(self) -> bool:
+        """Whether somebody waits for what a new start of IPFS would delay or cut."""
+        return self._chatting() or self._pulling()
 
     async def _ipfs_ready(self, node: IpfsNode) -> None:
         if self._connectivity is not None:
@@ -282,7 +287,7 @@ class _Daemon:
         config, membership, connectivity = self._config, self._membership, voice.connectivity
         ways = connectivity.ways
         chats = ChatServer(voice.seal_keys, voice.offering.provider)
-        self._busy = lambda: chats.answering > 0 or ways.answering
+        self._chatting = lambda: chats.answering > 0 or ways.answering
         objects = ObjectServer(has.library.small_object, membership)
         rate = RateLimit(config.transfer.upload_rate)
         ranges = RangeServer(has.library.shared_file, membership, rate)
@@ -319,6 +324,7 @@ class _Daemon:
     ) -> tuple[Transfers, Puller, Publisher]:
         config = self._config
         transfers = Transfers(has.ledger)
+        self._pulling = lambda: transfers.beginning
         stack.push_async_callback(transfers.close)
         publisher = Publisher(has.store, has.library, self._key)
         objects = Objects(self._ipfs, voice.connectivity.ways, voice.http, self._membership)

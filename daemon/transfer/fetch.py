@@ -23,6 +23,7 @@ from registry.records import Peer
 
 log = logging.getLogger(__name__)
 
+_FIRST_BYTE_S = 2.0  # for IPFS or BitTorrent to bring anything at all
 _HEAD_START_S = 3.0  # of IPFS before BitTorrent is thought of
 _SHORT_S = 10.0  # what IPFS alone may still take without BitTorrent's help
 _PATIENCE = 6  # stall times that a slow IPFS range may be silent before it is given back
@@ -131,12 +132,16 @@ class Fetch:
                 claimed=self._claimed,
             )
             before = self._ipfs_bytes
+            # Bitswap asks whoever it is connected to, also those that come while it asks: nobody waits for the last of them.
+            connecting = asyncio.create_task(self._connect(node))
             try:
-                await self._connect(node)
                 await self._until_given_back(source)
             except (Unserved, Unavailable) as error:
                 log.info("IPFS does not deliver %s: %s", cid, error)
                 self._join.set()
+            finally:
+                connecting.cancel()
+                await asyncio.gather(connecting, return_exceptions=True)
             pause = 1.0 if self._ipfs_bytes > before else min(2 * pause, 30.0)
             if self._sink.missing():
                 await asyncio.sleep(pause)
@@ -169,12 +174,18 @@ class Fetch:
         self._transfer.sources["ipfs"] += amount
         self._last_ipfs = self._last_any = self._last_near = time.monotonic()
 
+    @property
+    def _near_patience_s(self) -> float:
+        """How long IPFS and BitTorrent may be silent; less before their first byte, which somebody waits for."""
+        stall = self._sources.patience.stall
+        return stall if self._last_near > self._started else min(stall, _FIRST_BYTE_S)
+
     async def _draw_from_holders(self) -> None:
         """Over the peer API of holders, while neither IPFS nor BitTorrent brings anything."""
         cid = self._wanted.cid
         turns = Turns(self._wanted.holders)
         while cid is not None and self._wanted.checked:
-            wait = self._last_near + self._sources.patience.stall - time.monotonic()
+            wait = self._last_near + self._near_patience_s - time.monotonic()
             if wait > 0:
                 await asyncio.sleep(wait)
                 continue
@@ -218,7 +229,7 @@ class Fetch:
             claimed=self._claimed,
             workers=_HOLDER_WORKERS,
             range_size=_HOLDER_RANGE,
-            go_on=lambda: time.monotonic() - self._last_near > patience.stall,
+            go_on=lambda: time.monotonic() - self._last_near > self._near_patience_s,
         )
 
     def _from_holder(self, amount: int) -> None:

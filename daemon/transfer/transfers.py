@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 State = Literal["resolving", "fetching", "verifying", "storing", "done", "failed", "cancelled"]
 FINAL: frozenset[str] = frozenset({"done", "failed", "cancelled"})
 _TICK_S = 0.25
+_BEGINNING_S = 30.0
 _RATE_WINDOW_S = 3.0
 _KEPT = 200  # ended transfers that are remembered
 
@@ -48,6 +49,7 @@ class Transfer:
     model: Model | None = None
     started: str = field(default_factory=utc_now)
     finished: str | None = None
+    began: float = field(default_factory=time.monotonic)
     _marks: deque[tuple[float, int]] = field(default_factory=deque, repr=False)
 
     @property
@@ -90,6 +92,15 @@ class Transfers:
                     resume(row.ref)
                 except SwarmError as error:
                     log.warning("the pull of %s cannot go on: %s", row.ref, error)
+
+    @property
+    def beginning(self) -> bool:
+        """Whether a pull has just begun: the first bytes are waited for, what comes later is only carried on."""
+        now = time.monotonic()
+        return any(
+            one.kind == "pull" and one.state not in FINAL and now - one.began < _BEGINNING_S
+            for one in self._transfers.values()
+        )
 
     def start(self, kind: Literal["pull", "publish"], ref: str, work: Work) -> Transfer:
         """Begin, or join the pull that does the same already. Two publishes of a file may give it different names."""
