@@ -1,6 +1,6 @@
 """The internet tests for `make test`: run where they can be, else one line that says why they were not.
 
-They run by themselves and one after the other: each has several nodes, and what they measure is what people wait for.
+They run by themselves, two files at a time: each has several nodes, which mostly wait for each other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ def main() -> int:
     if found is not None:
         print(f"NOT RUN: internet ({found.reason})")
         return 0
-    return pytest.main([str(Path(__file__).parent), *sys.argv[1:]])
+    beside = ("-n", "2", "--dist", "loadfile")
+    return pytest.main([*beside, str(Path(__file__).parent), *sys.argv[1:]])
 
 
 if __name__ == "__main__":

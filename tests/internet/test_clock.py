@@ -39,9 +39,10 @@ def tomorrow(folder: Path) -> tuple[str, ...]:
 def test_f18_a_clock_one_day_off_is_named_and_nothing_of_it_is_believed(
     world: World, tmp_path: Path, model_file: Path
 ) -> None:
-    r1, r2, a = world.public("R1"), world.public("R2"), world.home("A")
-    world.up(r1, r2, settings=OPEN)
-    r2.join(r1)
+    r1, r2, r3, a = world.public("R1"), world.public("R2"), world.public("R3"), world.home("A")
+    world.up(r1, r2, r3, settings=OPEN)
+    for other in (r2, r3):  # three whose clocks agree are enough to doubt one's own
+        other.join(r1)
     a.up(within=tomorrow(tmp_path))
     code = a.run("publish", str(model_file))["code"]
     a.run("serve", code)
