@@ -117,6 +117,10 @@ class IpfsNode(Protocol):
         """Peer ids of the peers with a direct connection."""
         ...
 
+    async def ping(self, peer_id: str, *, deadline_s: float) -> None:
+        """Ask a connected peer whether it is there. Raises `Unserved` when it does not say so by the deadline."""
+        ...
+
     async def connections(self) -> list[Connection]:
         """Every connection, also several with one peer; at most 4096."""
         ...

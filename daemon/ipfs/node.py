@@ -116,6 +116,19 @@ class KuboNode:
 
     # -- the DHT ------------------------------------------------------------------------------------------------------
 
+    async def ping(self, peer_id: str, *, deadline_s: float) -> None:
+        try:
+            async with asyncio.timeout(deadline_s):
+                said = self._rpc.lines("ping", peer_id, timeout_s=None, options={"count": 1})
+                async with contextlib.aclosing(said) as lines:
+                    async for line in lines:
+                        # The first line only announces what is about to be done.
+                        if line.get("Success") and line.get("Time"):
+                            return
+        except (TimeoutError, RpcError) as error:
+            raise Unserved("peer", "it does not answer", "try again") from error
+        raise Unserved("peer", "it does not answer", "try again")
+
     async def provide(self, block: bytes, *, deadline_s: float) -> str:
         cid = await self.add_bytes(block)
         hint = "it needs a connection to a public node"

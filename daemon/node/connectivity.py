@@ -124,7 +124,7 @@ class Connectivity:
         )
         self.ways.relays = RelayTunnels(pipes, self.relay)
         self.ways.lookup = table.peer
-        self.liveness = Liveness(table, self.ways, supervisor)
+        self.liveness = Liveness(table, self.ways, supervisor, self._ipfs)
         self.endpoints = Endpoints(
             self.node,
             config,
@@ -181,6 +181,7 @@ class Connectivity:
         """Begin to speak, and to find out how we can be reached."""
         await self._standing.open()
         await self.gossip.start(self.ports.streams)
+        self._supervisor.run("liveness", self.liveness.ask_forever, restart=True)
         if self._config.network == "public":
             self._supervisor.run("reachability", self.reachability.run, restart=True)
             self.holder.start()
