@@ -341,6 +341,7 @@ class _Daemon:
         voice.supervisor.run("vouching", vouching.run, restart=True)
         patience = Patience(config.transfer.stall, config.transfer.give_up)
         sources = Sources(
+            config.network,
             self._ipfs,
             config.ipfs.enabled,
             Holders(voice.connectivity.ways, voice.http, self._membership),

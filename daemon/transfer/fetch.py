@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 from daemon.errors import Busy, Declined, SwarmError, Unavailable, Unserved, VerificationError
@@ -19,6 +19,8 @@ from daemon.torrent.download import Download
 from daemon.transfer.holders import HolderReader, Holders, Turns
 from daemon.transfer.sources import PieceSink, RangeSource, RateLimit, unwrap
 from daemon.transfer.transfers import Transfer
+from registry import ranges
+from registry.multiaddrs import Network
 from registry.records import Peer
 
 log = logging.getLogger(__name__)
@@ -44,8 +46,12 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What every download draws from. `ipfs` gives the node while it answers; `limit` is shared by all downloads."""
+    """What every download draws from. `ipfs` gives the node while it answers; `limit` is shared by all downloads.
 
+    `network` says where the addresses that holders name for themselves may lead.
+    """
+
+    network: Network
     ipfs: Callable[[], IpfsNode | None]
     ipfs_enabled: bool
     holders: Holders
@@ -66,6 +72,18 @@ class Wanted:
     holders: Callable[[], Sequence[Peer]]
     peers: Callable[[], Sequence[tuple[str, int]]]
     checked: bool = True
+
+
+def addresses_to_dial(
+    holders: Sequence[Peer], connected: Set[str], network: Network
+) -> list[str]:
+    """Multiaddrs of `holders` that are not `connected` (peer ids), as far as `network` lets them lead.
+
+    They were announced by strangers: in a public network none may send IPFS into the house.
+    """
+    named = dict.fromkeys(address for holder in holders for address in holder.address.ipfs)
+    allowed = (address for address in named if ranges.allows_multiaddr(network, address))
+    return [address for address in allowed if address.rpartition("/p2p/")[2] not in connected]
 
 
 class Fetch:
@@ -162,8 +180,7 @@ class Fetch:
 
     async def _connect(self, node: IpfsNode) -> None:
         """Bring IPFS to the nodes that are known to have the file; without a DHT nothing else would."""
-        near = set(await node.peers())
-        far = [a for holder in self._wanted.holders() for a in holder.address.ipfs if a.rpartition("/p2p/")[2] not in near]
+        far = addresses_to_dial(self._wanted.holders(), set(await node.peers()), self._sources.network)
         tries = (node.connect(address, deadline_s=_CONNECT_S) for address in far)
         for result in await asyncio.gather(*tries, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, SwarmError):

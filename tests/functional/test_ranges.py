@@ -52,6 +52,7 @@ class Pull:
         self.transfer = Transfer(id="1", kind="pull", ref=cid)
         self._sink = LeafSink(path, SIZE, leaves)
         sources = Sources(
+            "lan",
             lambda: None,
             False,
             Holders(asker.ways, asker.http, asker.membership),
