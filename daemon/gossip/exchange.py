@@ -21,6 +21,7 @@ import aiohttp
 
 from daemon.errors import Unserved, VerificationError
 from daemon.membership import Membership
+from daemon.peerapi.reading import read_at_most
 from daemon.peerapi.ways import CONNECT_S, Way
 from registry import announcement as rules
 from registry import codes as short_codes
@@ -141,7 +142,7 @@ async def post(
         ) as response:
             if response.status != 200:
                 raise Unserved("peer", f"its peer API answered {response.status}")
-            data = await _bounded(response, BODY_LIMIT + membership.overhead)
+            data = await read_at_most(response, BODY_LIMIT + membership.overhead)
     except (aiohttp.ClientError, ConnectionError) as error:
         raise Unserved("peer", "nothing answers there") from error
     except TimeoutError as error:
@@ -151,14 +152,6 @@ async def post(
     except (Malformed, NotVerified) as error:
         raise VerificationError("peer", str(error)) from error
 
-
-async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    data = bytearray()
-    async for piece in response.content.iter_any():
-        data += piece
-        if len(data) > limit:
-            raise VerificationError("peer", "it sent more than an exchange may have")
-    return bytes(data)
 
 
 def _by_node(fields: Any, what: str, most: int) -> dict[str, Any]:

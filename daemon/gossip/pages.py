@@ -77,6 +77,7 @@ class OwnPages:
         self._asked: dict[int, None] = {}  # pages that somebody on pubsub lacks
         self._head_unsaid = False  # it says something new, too
         self._outdated = True
+        self._parted = False  # our last word is said
         self._composing = asyncio.Lock()
 
     async def open(self) -> None:
@@ -85,7 +86,7 @@ class OwnPages:
     @property
     def said(self) -> bool:
         """Whether anybody can have heard of us."""
-        return self._head is not None
+        return self._head is not None and not self._parted
 
     def address(self) -> Address:
         """How to reach this node, every part of it that is on."""
@@ -101,9 +102,12 @@ class OwnPages:
 
     async def news(self, lifetime_s: float, heard: int, wanted: Collection[int]) -> list[bytes]:
         """What somebody lacks who heard our word number `heard` (0: none) and asks for the `wanted` pages, as things are now,
-        whether it has been said yet or not: our newest word first.
+        whether it has been said yet or not: our newest word first. After the farewell there is nothing else: the peer API and
+        exchanges that began before outlive it, and whoever hears of our models from them would think that we are back.
         """
         async with self._composing:
+            if self._parted:
+                return [self._head_envelope]
             stale = self._head is None or self._clock() - self._head_at >= FRESH_S
             if stale or self._outdated:
                 await self._compose(lifetime_s, beat=stale)
@@ -137,7 +141,7 @@ class OwnPages:
             self._pages = []
             self._unsaid.clear()
             await self._sign(self._base(FAREWELL_LIFETIME_S))
-            self._head = None
+            self._parted = True
             return [self._head_envelope]
 
     # -- inside -------------------------------------------------------------------------------------------------------

@@ -146,8 +146,12 @@ async def test_questions_on_pubsub_cost_a_few_pages_a_heartbeat(ledger: LedgerTh
 async def test_a_farewell_names_no_page(ledger: LedgerThread) -> None:
     node = Node(ledger, 50)
     words = await node.says()
-    (word,) = read(await node.pages.farewell())
+    last = await node.pages.farewell()
+    (word,) = read(last)
     assert word.revisions == () and word.sequence > words[-1].sequence and not node.pages.said
+    node.now += 60  # an exchange that began before, or somebody who asks the peer API to the end
+    node.pages.outdate()
+    assert await node.pages.news(LIFETIME_S, 0, [0]) == last
 
 
 async def test_sequence_numbers_are_never_used_again(ledger: LedgerThread) -> None:
