@@ -3,7 +3,7 @@
 Told are the nodes that we joined; without IPFS also the last that told us, and some others, chosen by chance. Chance alone would
 leave out a node that has nobody but us, the more so the more nodes have left without a word. What pubsub brings is passed on to
 nodes without IPFS that spoke to us, and by `TELLERS` or so of all that hear it to each of the others. Whoever was not reached rests
-(rests.py).
+(peerapi/rests.py).
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from daemon.gossip import exchange
 from daemon.gossip.ear import Ear
 from daemon.gossip.exchange import Words
 from daemon.gossip.peers import PeerTable
-from daemon.gossip.rests import Rests
 from daemon.membership import Membership
+from daemon.peerapi.rests import Rests
 from daemon.peerapi.ways import CONNECT_S, Way, Ways
 from registry import announcement as rules
 from registry.records import Address, Peer

@@ -4,7 +4,7 @@
     second    somebody else who may have met it
     third     everybody who listens to pubsub hears the question, and the node says the pages again when it speaks next
 
-Then the same again, with pauses that double; a node that rests (rests.py) is not asked itself. A moment passes before the first
+Then the same again, with pauses that double; a node that rests (peerapi/rests.py) is not asked itself. A moment passes before the first
 question, because pages follow each other; it is longer in a large swarm, where many ask at once. A node that names pages and never
 gives them costs one question a minute.
 """

@@ -19,7 +19,6 @@ import logging
 import random
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import aiohttp
@@ -27,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon.config import Network
 from daemon.errors import SwarmError
+from daemon.peerapi.rests import Rests
 from daemon.peerapi.ways import NEVER, Ways
 from daemon.relaying.holding import Holding
 from daemon.supervise import Supervisor
@@ -43,14 +43,6 @@ RELAYS = 2  # relays held at the same time
 FIRST_REST_S = 1.0
 LONGEST_REST_S = 60.0
 _LOOK_S = 2.0  # between two looks at the candidates where nothing says that they have changed
-
-
-@dataclass(slots=True)
-class _Rest:
-    """A candidate that failed is not asked before `until`, in monotonic seconds."""
-
-    until: float
-    pause_s: float
 
 
 class RelayHolder:
@@ -93,7 +85,9 @@ class RelayHolder:
         self._slots = min(relays, MAX_RELAYS)
         self._taken: set[str] = set()  # candidates that a slot has to do with
         self._held: dict[str, Peer] = {}
-        self._rests: dict[str, _Rest] = {}
+        self._rests = Rests(
+            time.monotonic, first_s=FIRST_REST_S, longest_s=LONGEST_REST_S, spread=0.5
+        )
         self._news = asyncio.Event()
 
     def start(self) -> None:
@@ -139,7 +133,7 @@ class RelayHolder:
                 _log.debug("no relay at %s: %s", peer.node[:16], error)
             finally:
                 self._taken.discard(peer.node)
-            self._rest(peer.node)
+            self._rests.begin(peer.node)
 
     async def _hold(self, peer: Peer) -> None:
         """Be carried for by one relay until it ends. Raises `SwarmError` when it cannot be, or is
@@ -172,7 +166,7 @@ class RelayHolder:
         async with self._ways.to(ourselves, via=peer.node):
             pass  # it has answered
         self._held[peer.node] = peer
-        self._rests.pop(peer.node, None)
+        self._rests.end(peer.node)
         _log.info("%s carries for this node", peer.node[:16])
         self._on_change()
 
@@ -181,14 +175,11 @@ class RelayHolder:
         if not self._wanted():
             return None
         candidates = [peer for peer in self._candidates() if self._fits(peer)]
-        known = {peer.node for peer in candidates}
-        self._rests = {node: rest for node, rest in self._rests.items() if node in known}
-        now = time.monotonic()
+        self._rests.keep_only({peer.node for peer in candidates})
         free: list[Peer] = []
         joined = self._joined()
         for peer in candidates:
-            rest = self._rests.get(peer.node)
-            if peer.node in self._taken or (rest is not None and rest.until > now):
+            if peer.node in self._taken or self._rests.resting(peer.node):
                 continue
             if peer.node in joined:
                 return peer
@@ -198,20 +189,11 @@ class RelayHolder:
     def _fits(self, peer: Peer) -> bool:
         return peer.node != self._node and _point(self._network, peer) is not None
 
-    def _rest(self, node: str) -> None:
-        """Ask a node that failed, or that went away, later; by chance, so that not all that it
-        carried for come at once.
-        """
-        before = self._rests.get(node)
-        pause = FIRST_REST_S if before is None else min(2 * before.pause_s, LONGEST_REST_S)
-        self._rests[node] = _Rest(time.monotonic() + pause * random.uniform(0.5, 1.5), pause)
-
     async def _wait(self) -> None:
         """Until something may have changed."""
-        now = time.monotonic()
-        due = [rest.until - now for rest in self._rests.values() if rest.until > now]
+        due = self._rests.next_end_s()
         try:
-            async with asyncio.timeout(min([_LOOK_S, *due])):
+            async with asyncio.timeout(_LOOK_S if due is None else min(_LOOK_S, due)):
                 await self._news.wait()
         except TimeoutError:
             pass  # time itself is what changed

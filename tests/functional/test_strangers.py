@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from daemon.gossip.exchange import Words
-from daemon.gossip.rests import FIRST_S, Rests
+from daemon.peerapi.rests import FIRST_S, Rests
 from registry import announcement
 from registry.envelope import key_name, sign
 from registry.records import Address, Announcement, Peer

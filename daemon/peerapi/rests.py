@@ -10,7 +10,8 @@ for every node to go on calling there. So each node calls there once, and then l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,10 +29,22 @@ class _Rest:
 
 
 class Rests:
-    """`clock` gives monotonic seconds."""
+    """`clock` gives monotonic seconds. A rest is longer or shorter by chance, by up to `spread` of it: so that not all who lost the
+    same node come to it at once.
+    """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        *,
+        first_s: float = FIRST_S,
+        longest_s: float = LONGEST_S,
+        spread: float = 0.0,
+    ) -> None:
         self._clock = clock
+        self._first_s = first_s
+        self._longest_s = longest_s
+        self._spread = spread
         self._rests: dict[str, _Rest] = {}  # by node, the last that failed at the end
 
     def resting(self, node: str) -> bool:
@@ -45,10 +58,20 @@ class Rests:
     def begin(self, node: str) -> None:
         """It could not be reached."""
         before = self._rests.pop(node, None)
-        pause_s = FIRST_S if before is None else min(2 * before.pause_s, LONGEST_S)
-        self._rests[node] = _Rest(self._clock() + pause_s, pause_s)
+        pause_s = self._first_s if before is None else min(2 * before.pause_s, self._longest_s)
+        chance = random.uniform(1 - self._spread, 1 + self._spread)
+        self._rests[node] = _Rest(self._clock() + pause_s * chance, pause_s)
         if len(self._rests) > NODES_KEPT:
             del self._rests[next(iter(self._rests))]
+
+    def keep_only(self, nodes: Container[str]) -> None:
+        """Forget how often all others have failed."""
+        self._rests = {node: rest for node, rest in self._rests.items() if node in nodes}
+
+    def next_end_s(self) -> float | None:
+        """In how many seconds the next rest is over; None when nobody rests."""
+        now = self._clock()
+        return min((rest.until - now for rest in self._rests.values() if rest.until > now), default=None)
 
     @contextmanager
     def trying(self, node: str) -> Iterator[None]:
