@@ -19,9 +19,9 @@ from typing import Any
 
 import aiohttp
 
-from daemon.errors import Unserved, VerificationError
+from daemon.errors import VerificationError
 from daemon.membership import Membership
-from daemon.peerapi.reading import read_at_most
+from daemon.peerapi.reading import answer_to
 from daemon.peerapi.ways import CONNECT_S, Way
 from registry import announcement as rules
 from registry import codes as short_codes
@@ -136,17 +136,10 @@ async def post(
     timeout = aiohttp.ClientTimeout(total=_EXCHANGE_S, sock_connect=CONNECT_S)
     headers = {**way.headers, "Content-Type": membership.media_type(MEDIA_TYPE)}
     said = body(words, BROUGHT, membership)
-    try:
-        async with http.post(
-            way.url + PATH, data=said, headers=headers, timeout=timeout, allow_redirects=False
-        ) as response:
-            if response.status != 200:
-                raise Unserved("peer", f"its peer API answered {response.status}")
-            data = await read_at_most(response, BODY_LIMIT + membership.overhead)
-    except (aiohttp.ClientError, ConnectionError) as error:
-        raise Unserved("peer", "nothing answers there") from error
-    except TimeoutError as error:
-        raise Unserved("peer", f"nothing answered within {_EXCHANGE_S:.0f} s") from error
+    asking = http.post(
+        way.url + PATH, data=said, headers=headers, timeout=timeout, allow_redirects=False
+    )
+    data = await answer_to(asking, BODY_LIMIT + membership.overhead, within_s=_EXCHANGE_S)
     try:
         return parse(data, GIVEN, membership)
     except (Malformed, NotVerified) as error:

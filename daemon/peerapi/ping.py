@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import aiohttp
 from aiohttp import web
 
-from daemon.errors import Unserved, VerificationError
+from daemon.errors import VerificationError
 from daemon.membership import ASKED, Membership
-from daemon.peerapi.reading import read_at_most
+from daemon.peerapi.reading import answer_to
 from daemon.peerapi.server import Route
 from registry import strictjson
 from registry.errors import Malformed, NotVerified
@@ -50,19 +50,8 @@ async def ping(
     Raises `Unserved` when nothing answers in time and `VerificationError` when it is no node.
     """
     timeout = aiohttp.ClientTimeout(total=deadline_s)
-    try:
-        async with http.get(
-            url + PATH, headers={ASKED: node}, timeout=timeout, allow_redirects=False
-        ) as response:
-            if response.status == 404:
-                raise Unserved("peer", "what answers there is no node of this swarm")
-            if response.status != 200:
-                raise Unserved("peer", f"its peer API answered {response.status}")
-            data = await read_at_most(response, _LIMIT + membership.overhead)
-    except (aiohttp.ClientError, ConnectionError) as error:
-        raise Unserved("peer", "nothing answers there") from error
-    except TimeoutError as error:
-        raise Unserved("peer", f"nothing answered within {deadline_s:g} s") from error
+    asking = http.get(url + PATH, headers={ASKED: node}, timeout=timeout, allow_redirects=False)
+    data = await answer_to(asking, _LIMIT + membership.overhead, within_s=deadline_s)
     try:
         answer = membership.open(data, _ANSWER, limit=_LIMIT)
         fields = strictjson.loads(answer, limit=_LIMIT, what="the answer")
